@@ -1,0 +1,30 @@
+# Finds nvcc (PATH, CUDACXX, or the PyPI package beside torch) and the shared cudart that torch
+# uses. Include before enable_language(CUDA). Provides the target cuda::runtime.
+include_guard(GLOBAL)
+include(${CMAKE_CURRENT_LIST_DIR}/libtorch.cmake)
+cmake_path(GET TORCH_ROOT PARENT_PATH _site)
+file(GLOB _pip_nvcc "${_site}/nvidia/cu[0-9]*/bin/nvcc")
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(CMAKE_CUDA_COMPILER nvcc)
+  if(NOT CMAKE_CUDA_COMPILER AND _pip_nvcc)
+    set(CMAKE_CUDA_COMPILER "${_pip_nvcc}" CACHE FILEPATH "CUDA compiler" FORCE)
+  endif()
+endif()
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  message(FATAL_ERROR "SARISSA_CUDA=ON needs nvcc: ./run build --cuda installs one from PyPI.")
+endif()
+if(CMAKE_CUDA_COMPILER AND CMAKE_CUDA_COMPILER STREQUAL _pip_nvcc)
+  cmake_path(GET _pip_nvcc PARENT_PATH _bin)  # the package has lib/, its profile looks in lib64/
+  cmake_path(GET _bin PARENT_PATH _cu)
+  string(APPEND CMAKE_CUDA_FLAGS " -L${_cu}/lib")
+endif()
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_RUNTIME_LIBRARY None)  # a static second cudart beside torch's would be wrong
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  # Native code for A100-class and Hopper, PTX of sm_80 for everything newer.
+  set(CMAKE_CUDA_ARCHITECTURES 80 90a-real)
+endif()
+file(GLOB _rt "${_site}/nvidia/cu[0-9]*/lib/libcudart.so.*")
+add_library(cuda::runtime INTERFACE IMPORTED)
+target_link_libraries(cuda::runtime INTERFACE ${_rt})

@@ -1,0 +1,30 @@
+// Helpers of the CUDA kernels: element access in compute precision, launch status.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "sarissa/kernels/common/dtype.h"
+#include "sarissa/kernels/common/status.h"
+
+namespace sarissa::kernels {
+
+__device__ inline double load(const double* p) { return *p; }
+__device__ inline float load(const float* p) { return *p; }
+__device__ inline float load(const __nv_bfloat16* p) { return __bfloat162float(*p); }
+__device__ inline void store(double* p, double x) { *p = x; }
+__device__ inline void store(float* p, float x) { *p = x; }
+__device__ inline void store(__nv_bfloat16* p, float x) { *p = __float2bfloat16_rn(x); }
+
+template <class T>
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+/// The status of the launch just made on this thread.
+inline Status launch_status() {
+  const cudaError_t e = cudaGetLastError();
+  return {e == cudaSuccess ? nullptr : cudaGetErrorString(e)};
+}
+
+}  // namespace sarissa::kernels
