@@ -36,4 +36,8 @@ target_include_directories(torch::cpu SYSTEM INTERFACE
   "${TORCH_ROOT}/include" "${TORCH_ROOT}/include/torch/csrc/api/include")
 target_compile_definitions(torch::cpu INTERFACE USE_DISTRIBUTED USE_C10D_GLOO)
 target_compile_features(torch::cpu INTERFACE cxx_std_20)
-target_link_libraries(torch::cpu INTERFACE torch::lib_torch_cpu torch::lib_c10)
+# at::parallel_for is a header template that runs serially unless OpenMP is on; its runtime must be
+# the one libtorch_cpu loads.
+target_compile_options(torch::cpu INTERFACE -fopenmp)
+target_link_libraries(torch::cpu INTERFACE
+  torch::lib_torch_cpu torch::lib_c10 "${TORCH_ROOT}/lib/libgomp.so.1")

@@ -10,22 +10,33 @@
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <tuple>
 
 #include "sarissa/base/error.h"
+#include "sarissa/base/json.h"
 
 namespace sarissa::checkpoint {
 namespace {
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the reference implementation
+constexpr int kMaxHeaderDepth = 4;                 // header, tensor, shape; one to spare
 
 struct DTypeName {
   const char* name;
   at::ScalarType type;
 };
 constexpr DTypeName kDTypes[] = {
-    {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf},  {"BF16", at::kBFloat16},
-    {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
-    {"U8", at::kByte},    {"BOOL", at::kBool}, {"F8_E4M3", at::kFloat8_e4m3fn},
+    {"F64", at::kDouble},
+    {"F32", at::kFloat},
+    {"F16", at::kHalf},
+    {"BF16", at::kBFloat16},
+    {"I64", at::kLong},
+    {"I32", at::kInt},
+    {"I16", at::kShort},
+    {"I8", at::kChar},
+    {"U8", at::kByte},
+    {"BOOL", at::kBool},
+    {"F8_E4M3", at::kFloat8_e4m3fn},
 };
 
 const char* dtype_name(at::ScalarType type) {
@@ -108,11 +119,16 @@ Entry SafetensorsFile::Impl::parse_entry(const std::string& name,
   if (known == std::end(kDTypes)) fail("an unknown dtype");
   entry.dtype = known->type;
   uint64_t bytes = c10::elementSize(entry.dtype);
+  uint64_t strides = 1;  // extents of 0 left out: torch multiplies strides that way
   if (shape.size() > 64) fail("more than 64 dimensions");
   for (const auto& extent : shape) {
     if (!extent.is_number_unsigned()) fail("a shape that is not of non-negative integers");
     const auto n = extent.get<uint64_t>();
-    if (n > INT64_MAX || __builtin_mul_overflow(bytes, n, &bytes)) fail("a shape that overflows");
+    if (n > INT64_MAX || __builtin_mul_overflow(bytes, n, &bytes) ||
+        __builtin_mul_overflow(strides, std::max<uint64_t>(n, 1), &strides) ||
+        strides > INT64_MAX) {
+      fail("a shape that overflows");
+    }
     entry.shape.push_back(static_cast<int64_t>(n));
   }
   entry.begin = offsets[0].get<uint64_t>();
@@ -132,19 +148,9 @@ void SafetensorsFile::Impl::parse_header() {
                 ": not a safetensors file, or truncated (header of ", header_bytes,
                 " bytes in a file of ", size, ")");
   data_begin = 8 + header_bytes;
-  const char* text = static_cast<const char*>(mapping) + 8;
-  // A depth limit: the parser recurses on nesting, a hostile file must not overflow the stack.
-  const auto shallow = [](int depth, nlohmann::ordered_json::parse_event_t, nlohmann::ordered_json&) {
-    if (depth > 8) throw Error("nested too deeply");
-    return true;
-  };
-  nlohmann::ordered_json header;
-  try {
-    header = nlohmann::ordered_json::parse(text, text + header_bytes, shallow);
-  } catch (const std::exception& e) {
-    throw Error(str(path.string(), ": the safetensors header is not JSON (", e.what(), ")"));
-  }
-  SARISSA_CHECK(header.is_object(), path.string(), ": the safetensors header is not an object");
+  const std::string_view text(static_cast<const char*>(mapping) + 8, header_bytes);
+  const auto header = parse_json_object<nlohmann::json>(
+      text, path.string() + ": safetensors header", kMaxHeaderDepth);
   std::vector<std::pair<uint64_t, uint64_t>> ranges;
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
@@ -157,16 +163,25 @@ void SafetensorsFile::Impl::parse_header() {
       continue;
     }
     const Entry entry = parse_entry(name, value);
-    SARISSA_CHECK(entries.emplace(name, entry).second, path.string(), ": two tensors named '",
-                  name, "'");
+    entries.emplace(name, entry);
     names.push_back(name);
     if (entry.begin < entry.end) ranges.emplace_back(entry.begin, entry.end);
   }
+  std::sort(names.begin(), names.end(), [this](const std::string& a, const std::string& b) {
+    const Entry &x = entries.at(a), &y = entries.at(b);
+    return std::tie(x.begin, x.end, a) < std::tie(y.begin, y.end, b);
+  });
+  // The format leaves no byte unused: a hole or a tail means a damaged or doctored file.
   std::sort(ranges.begin(), ranges.end());
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    SARISSA_CHECK(ranges[i - 1].second <= ranges[i].first, path.string(),
-                  ": tensors overlap in the file");
+  uint64_t covered = 0;
+  for (const auto& [begin, end] : ranges) {
+    SARISSA_CHECK(begin >= covered, path.string(), ": tensors overlap at byte ", begin);
+    SARISSA_CHECK(begin == covered, path.string(), ": bytes ", covered, " to ", begin,
+                  " of the data belong to no tensor");
+    covered = end;
   }
+  SARISSA_CHECK(covered == size - data_begin, path.string(), ": ", size - data_begin - covered,
+                " bytes after the last tensor");
 }
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
@@ -231,8 +246,7 @@ void write_safetensors(const std::filesystem::path& path, const NamedTensors& te
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // aligns the data to 8 bytes
 
-  const FileDescriptor file{
-      ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
+  const FileDescriptor file{::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644)};
   SARISSA_CHECK(file.fd >= 0, "cannot write ", path.string(), ": ", std::strerror(errno));
   const uint64_t header_bytes = text.size();
   write_all(file.fd, &header_bytes, 8, path);

@@ -23,7 +23,7 @@ class SafetensorsFile {
   ~SafetensorsFile();
   SafetensorsFile(SafetensorsFile&&) noexcept;
 
-  /// Names in file order.
+  /// Names in the order of their data.
   const std::vector<std::string>& names() const;
   bool contains(const std::string& name) const;
   const std::map<std::string, std::string>& metadata() const;

@@ -20,9 +20,14 @@ std::string path_of(const std::string& name, const char* extension) {
 
 }  // namespace
 
+std::string source_folder() {
+  const char* given = std::getenv("SARISSA_SOURCE_DIR");
+  return given != nullptr && *given != '\0' ? given : SARISSA_SOURCE_DIR;
+}
+
 std::string golden_folder() {
   const char* given = std::getenv("SARISSA_GOLDEN");
-  return given != nullptr && *given != '\0' ? given : SARISSA_SOURCE_DIR "/tests/golden/ops";
+  return given != nullptr && *given != '\0' ? given : source_folder() + "/tests/golden/ops";
 }
 
 std::vector<std::string> golden_cases(const std::string& prefix) {

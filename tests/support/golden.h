@@ -38,7 +38,11 @@ class GoldenCase {
   checkpoint::SafetensorsFile file_;
 };
 
-/// The folder in use.
+/// The root of the source tree: where it was built, or SARISSA_SOURCE_DIR of the environment when the
+/// tests run elsewhere.
+std::string source_folder();
+
+/// The folder of golden vectors in use.
 std::string golden_folder();
 
 /// Names of the cases whose file name starts with `prefix`, sorted. Throws when there is none.
@@ -49,7 +53,8 @@ double golden_error(const at::Tensor& got, const at::Tensor& want);
 
 }  // namespace sarissa::test
 
-/// Checks a result against the golden tensor `name` with the stored tolerance of `dtype`.
-#define EXPECT_GOLDEN(golden, name, got, dtype)                                              \
-  EXPECT_LE(::sarissa::test::golden_error((got), (golden)[name]), (golden).tolerance(name, dtype)) \
-      << (golden).name() << ": " << (name) << " in " << c10::toString(dtype)
+/// Checks a result against the golden tensor `tensor` with the stored tolerance of `dtype`.
+#define EXPECT_GOLDEN(golden, tensor, got, dtype)                          \
+  EXPECT_LE(::sarissa::test::golden_error((got), (golden)[tensor]),        \
+            (golden).tolerance(tensor, dtype))                             \
+      << (golden).name() << ": " << (tensor) << " in " << c10::toString(dtype)

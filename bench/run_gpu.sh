@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs what only a GPU can show, from an archive of bench/pack_gpu.sh, in one call:
+#   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]
+# python3 on PATH must have torch 2.11.0 (the CUDA 13.0 build). Writes logs and JSON to the folder
+# and ends with one line per step; exits 1 when a step failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+archive=${1:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]}
+results=${2:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]}
+what=${3:-all}
+mkdir -p "$results"
+tar -xJf "$archive"
+torch_libraries=$(python3 -c 'import torch, os
+p = os.path.dirname(torch.__file__)
+print(p + "/lib:" + ":".join(r for r, _, _ in os.walk(os.path.dirname(p) + "/nvidia") if r.endswith("/lib")))')
+export LD_LIBRARY_PATH="$PWD/build:$torch_libraries"
+export SARISSA_SOURCE_DIR="$PWD"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+build/sarissa --version
+
+failed=0
+step() {  # step NAME COMMAND...: runs the command, logs it, reports one line
+  local name=$1 start=$SECONDS
+  shift
+  if "$@" > "$results/$name.log" 2>&1; then
+    echo "ok      $name ($((SECONDS - start)) s)"
+  else
+    echo "FAILED  $name ($((SECONDS - start)) s)"
+    grep -E "FAILED|Failure|error|ERROR SUMMARY" "$results/$name.log" | head -40
+    failed=1
+  fi
+}
+
+if [[ $what == tests || $what == all ]]; then
+  while read -r test; do
+    step "$test" "build/$test" --gtest_filter='*Cuda*'
+  done < build/gpu_tests
+  step selftest build/sarissa selftest --device cuda
+  build/sarissa selftest --device cuda --json > "$results/selftest.json"
+fi
+if [[ $what == sanitize || $what == all ]]; then
+  for tool in memcheck racecheck; do
+    step "sanitize_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      build/sarissa selftest --device cuda
+  done
+fi
+if [[ $what == train || $what == all ]]; then
+  step train build/sarissa train configs/quickstart.toml --train.device=cuda \
+    --train.output=/tmp/sarissa-gpu-run
+  tail -n 3 /tmp/sarissa-gpu-run/metrics.jsonl 2>/dev/null
+fi
+exit $failed

@@ -1,0 +1,1 @@
+"""Sarissa's operators for PyTorch: see sarissa.ops."""

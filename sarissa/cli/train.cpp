@@ -1,0 +1,53 @@
+// sarissa train: trains a model from a configuration file.
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <string>
+
+#include "sarissa/cli/commands.h"
+#include "sarissa/train/config.h"
+#include "sarissa/train/plan.h"
+#include "sarissa/train/trainer.h"
+
+namespace sarissa::cli {
+namespace {
+
+struct Options {
+  std::string config;
+  bool resume = false;
+  bool dry_run = false;
+};
+
+void train_command(const CLI::App& command, const Options& options) {
+  const auto overrides =
+      train::parse_overrides(command.remaining(), {"--resume", "--dry-run", "--help"});
+  const train::RunConfig config = train::load_run_config(options.config, overrides);
+  if (options.dry_run) {
+    std::cout << train::describe_run(config);
+    return;
+  }
+  const int code = train::exit_code(train::train(config, {.resume = options.resume}));
+  if (code != 0) std::exit(code);  // interrupted: 130 or 143, which main() does not know
+}
+
+}  // namespace
+
+void add_train(CLI::App& program) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = program.add_subcommand("train", "Train a model from a TOML file");
+  command->add_option("config", options->config, "Configuration file (see configs/)")
+      ->required()
+      ->type_name("CONFIG.toml");
+  command->add_flag("--resume", options->resume,
+                    "Go on from the latest checkpoint of train.output");
+  command->add_flag("--dry-run", options->dry_run,
+                    "Print layers, parameters, memory and the resolved "
+                    "settings; train nothing");
+  command->allow_extras();
+  command->footer("Settings, with their defaults; each overrides the file:\n" +
+                  train::config_help() +
+                  "\nExample:\n  sarissa train configs/quickstart.toml --train.steps=100");
+  command->callback([command, options] { train_command(*command, *options); });
+}
+
+}  // namespace sarissa::cli

@@ -1,0 +1,103 @@
+// What the CUDA kernels of the family share: one channel's view of the inputs, and the choice of
+// the element type.
+#pragma once
+
+#include "sarissa/kernels/common/cuda.cuh"
+#include "sarissa/kernels/swr/swr.h"
+
+namespace sarissa::kernels {
+
+constexpr int kSwrThreads = 128;
+
+template <class C>
+__device__ inline C sigmoid_of(C x) {
+  return C(1) / (C(1) + exp(-x));
+}
+
+/// The inputs as channel p of head h of batch row b sees them.
+template <class T, bool kGated>
+struct SwrChannel {
+  using C = compute_t<T>;
+  const T *a, *u, *b, *c;
+  int64_t a_step, u_step, gate_step;
+  C decay_max;
+
+  __device__ SwrChannel(const SwrInputs& in, int64_t row, int64_t h, int64_t p)
+      : a(static_cast<const T*>(in.a) + row * in.a_batch + h),
+        u(static_cast<const T*>(in.u) + row * in.u_batch + h * in.u_head + p),
+        b(nullptr),
+        c(nullptr),
+        a_step(in.a_step),
+        u_step(in.u_step),
+        gate_step(in.gate_step),
+        decay_max(static_cast<C>(in.decay_max)) {
+    if constexpr (kGated) {
+      const int64_t gate = row * in.gate_batch + h / (in.heads / in.kv_heads) * in.width + p;
+      b = static_cast<const T*>(in.b) + gate;
+      c = static_cast<const T*>(in.c) + gate;
+    }
+  }
+
+  /// The coefficient of step t.
+  __device__ C coefficient(int64_t t) const {
+    const C x = load(a + t * a_step);
+    return kGated ? decay_max * sigmoid_of(x) : x;
+  }
+  /// The derivative of a coefficient with respect to what is stored.
+  __device__ C coefficient_slope(C coefficient) const {
+    return kGated ? coefficient * (C(1) - coefficient / decay_max) : C(1);
+  }
+  /// u as stored; phalanx: v.
+  __device__ C value(int64_t t) const { return load(u + t * u_step); }
+  /// sigmoid(b).
+  __device__ C input_gate(int64_t t) const {
+    if constexpr (kGated) return sigmoid_of(load(b + t * gate_step));
+    return C(1);
+  }
+  __device__ C output_gate(int64_t t) const {
+    if constexpr (kGated) return load(c + t * gate_step);
+    return C(1);
+  }
+  /// What the recurrence adds at step t.
+  __device__ C input(int64_t t) const { return kGated ? input_gate(t) * value(t) : value(t); }
+};
+
+/// The state of channel (b, h, p) before the first step, as the recurrence runs: a full recurrence
+/// has its complete state in w.
+template <class C>
+struct SwrStart {
+  C w = C(0), r = C(1), v = C(0);
+
+  __device__ SwrStart(const SwrInputs& in, int64_t row, int64_t h, int64_t p) {
+    if (in.w == nullptr) return;
+    const int64_t head = row * in.heads + h;
+    w = static_cast<const C*>(in.w)[head * in.width + p];
+    v = static_cast<const C*>(in.v)[head * in.width + p];
+    r = static_cast<const C*>(in.r)[head];
+    if (in.window == 0) {
+      w += r * v;
+      r = C(1);
+      v = C(0);
+    }
+  }
+};
+
+__device__ inline SwrGrid swr_grid(const SwrInputs& in, int64_t row) {
+  return SwrGrid(in.window, in.index != nullptr ? in.index[row] : 0, in.length);
+}
+
+/// Calls run.template operator()<T>() for the element type.
+template <class Run>
+Status swr_with_dtype(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return run.template operator()<double>();
+    case DType::kFloat32:
+      return run.template operator()<float>();
+    case DType::kBFloat16:
+      return run.template operator()<__nv_bfloat16>();
+  }
+  return {"unknown element type"};
+}
+
+}  // namespace sarissa::kernels

@@ -1,0 +1,159 @@
+// Pure planning functions of the swr family: the grid of blocks and chunks, workspace sizes, how
+// CUDA threads share the work, and the horizon of a bounded decay.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#ifdef __CUDACC__
+#define SARISSA_HOST_DEVICE __host__ __device__
+#else
+#define SARISSA_HOST_DEVICE
+#endif
+
+namespace sarissa::kernels {
+
+/// The backward keeps the local state once per chunk of at most this many steps and recomputes the
+/// steps between. CUDA holds a chunk in registers.
+constexpr int64_t kSwrChunk = 16;
+
+/// The blocks of one batch row, and their chunks. Position s = index + t counts from the first step
+/// of the block in which the sequence starts; block k is the positions [k window, (k+1) window). A
+/// chunk is at most kSwrChunk neighbouring positions of one block. A full recurrence is one endless
+/// block that starts at step 0.
+struct SwrGrid {
+  static constexpr int64_t kEndless = int64_t{1} << 62;
+
+  /// window 0: full recurrence, index ignored. An index outside [0, window) is clamped, so that a
+  /// bad state on a GPU cannot lead a kernel outside its tensors.
+  SARISSA_HOST_DEVICE SwrGrid(int64_t window, int64_t index, int64_t length)
+      : window(window == 0 ? kEndless : window),
+        index(window == 0 || index < 0 ? 0 : (index < window ? index : window - 1)),
+        length(length),
+        chunks_per_block((this->window - 1) / kSwrChunk + 1) {}
+
+  /// Blocks that hold steps; 1 when there are no steps.
+  SARISSA_HOST_DEVICE int64_t blocks() const {
+    return length == 0 ? 1 : (index + length - 1) / window + 1;
+  }
+  SARISSA_HOST_DEVICE bool last_block_complete() const {
+    return length > 0 && (index + length) % window == 0;
+  }
+  /// Steps [block_begin(k), block_end(k)) of block k.
+  SARISSA_HOST_DEVICE int64_t block_begin(int64_t k) const {
+    return k == 0 ? 0 : k * window - index;
+  }
+  SARISSA_HOST_DEVICE int64_t block_end(int64_t k) const {
+    return k + 1 < blocks() ? (k + 1) * window - index : length;
+  }
+
+  /// Chunks that hold steps, numbered from 0.
+  SARISSA_HOST_DEVICE int64_t chunks() const { return length == 0 ? 0 : chunk_of(length - 1) + 1; }
+  SARISSA_HOST_DEVICE int64_t chunk_of(int64_t t) const {
+    const int64_t s = index + t;
+    return s / window * chunks_per_block + s % window / kSwrChunk - index / kSwrChunk;
+  }
+  SARISSA_HOST_DEVICE int64_t block_of(int64_t chunk) const {
+    return (chunk + index / kSwrChunk) / chunks_per_block;
+  }
+  /// First chunk of block k.
+  SARISSA_HOST_DEVICE int64_t first_chunk(int64_t k) const {
+    return k == 0 ? 0 : k * chunks_per_block - index / kSwrChunk;
+  }
+  /// Steps [chunk_begin(c), chunk_end(c)) of chunk c.
+  SARISSA_HOST_DEVICE int64_t chunk_begin(int64_t chunk) const {
+    const int64_t c = chunk + index / kSwrChunk;
+    const int64_t t = c / chunks_per_block * window + c % chunks_per_block * kSwrChunk - index;
+    return t > 0 ? t : 0;
+  }
+  SARISSA_HOST_DEVICE int64_t chunk_end(int64_t chunk) const {
+    const int64_t in_block = (chunk + index / kSwrChunk) % chunks_per_block;
+    const int64_t block = block_of(chunk);
+    const int64_t block_end = (block + 1) * window;
+    const int64_t s = block * window + (in_block + 1) * kSwrChunk;
+    const int64_t t = (s < block_end ? s : block_end) - index;
+    return t < length ? t : length;
+  }
+
+  int64_t window, index, length, chunks_per_block;
+};
+
+/// The most blocks that `length` steps can touch, wherever in a block they start.
+inline int64_t swr_max_blocks(int64_t window, int64_t length) {
+  if (window == 0 || length == 0) return 1;
+  return (length - 1 + window - 1) / window + 1;
+}
+
+/// At least the chunks that `length` steps can touch, wherever in a block they start.
+inline int64_t swr_max_chunks(int64_t window, int64_t length) {
+  if (length == 0) return 0;
+  // A chunk is the only one of its block, or is full, or is the first or last of the sequence, or
+  // is the last of its block.
+  const int64_t full_chunks = window == 0 || window > kSwrChunk ? length / kSwrChunk + 1 : 0;
+  return full_chunks + swr_max_blocks(window, length);
+}
+
+/// How the backward's workspace is laid out, in elements of the arithmetic type.
+struct SwrWorkspace {
+  int64_t chunks;      // chunks per batch row, at most
+  int64_t end_states;  // [B, chunks, H, P] local state after each chunk
+  int64_t products;  // [B, chunks, slices, H] product of the block's coefficients after each chunk
+  int64_t scratch;   // CPU: [items, scratch_per_item]
+  int64_t gate_shares;  // CUDA: [2, B, L, H, P] gradients of b and c per head
+  int64_t
+      decay_shares;  // CUDA: [slices, B, L, H] and [slices, B, H] gradients of a and r per slice
+  int64_t scratch_per_item;
+  int64_t total() const { return end_states + products + scratch + gate_shares + decay_shares; }
+};
+
+/// Channels of a head that one warp of the CUDA backward reduces over; wider heads are cut in
+/// slices.
+constexpr int64_t kSwrSliceWidth = 32;
+inline int64_t swr_slices(int64_t width) { return (width - 1) / kSwrSliceWidth + 1; }
+
+inline SwrWorkspace swr_bwd_workspace(int64_t batch, int64_t length, int64_t heads,
+                                      int64_t kv_heads, int64_t width, int64_t window, bool gated,
+                                      bool cuda) {
+  const int64_t slices = cuda ? swr_slices(width) : 1;
+  SwrWorkspace ws{};
+  ws.chunks = swr_max_chunks(window, length);
+  ws.end_states = batch * ws.chunks * heads * width;
+  ws.products = batch * ws.chunks * slices * heads;
+  if (cuda) {
+    if (gated && kv_heads < heads) ws.gate_shares = 2 * batch * length * heads * width;
+    if (slices > 1) ws.decay_shares = slices * batch * heads * (length + 1);
+  } else {
+    ws.scratch_per_item = (4 * kSwrChunk + 2) * width;
+    ws.scratch = batch * kv_heads * ws.scratch_per_item;
+  }
+  return ws;
+}
+
+/// Blocks per strip of time. A CUDA thread owns one channel and one strip, and recomputes one block
+/// beside it; strips as long as the machine stays filled keep that share small.
+inline int64_t swr_strip_blocks(int64_t max_blocks, int64_t channels) {
+  constexpr int64_t kThreads = int64_t{1} << 18;  // about two waves of a 132-SM GPU
+  const int64_t strips =
+      std::clamp<int64_t>(kThreads / std::max<int64_t>(1, channels), 1, max_blocks);
+  return (max_blocks - 1) / strips + 1;
+}
+
+/// Horizon of decays bounded by rho: the smallest K >= 0 such that everything further back than K
+/// steps weighs at most `tolerance` in total, sum_(k > K) rho^k = rho^(K+1) / (1 - rho) <=
+/// tolerance (Sliding Window Recurrences, arXiv 2512.13921). rho in [0, 1), tolerance > 0; the
+/// largest int64 when there is no such K.
+inline int64_t swr_horizon(double rho, double tolerance) {
+  if (rho == 0.0 && tolerance >= 0.0) return 0;
+  if (!(rho > 0.0 && rho < 1.0 && tolerance > 0.0)) return std::numeric_limits<int64_t>::max();
+  const auto tail = [rho](double k) { return std::pow(rho, k + 1.0) / (1.0 - rho); };
+  // The logarithms give K up to rounding; the definition itself decides.
+  double k = std::ceil(std::log(tolerance * (1.0 - rho)) / std::log(rho)) - 1.0;
+  k = std::max(k, 0.0);
+  while (k > 0.0 && tail(k - 1.0) <= tolerance) k -= 1.0;
+  while (tail(k) > tolerance) k += 1.0;
+  return static_cast<int64_t>(k);
+}
+
+}  // namespace sarissa::kernels

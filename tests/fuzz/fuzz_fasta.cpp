@@ -1,0 +1,52 @@
+// FASTA, plain or gzip: the reader in pieces of different sizes, and the corpus made of it.
+#include <cctype>
+#include <string>
+#include <vector>
+
+#include "sarissa/base/error.h"
+#include "sarissa/data/corpus.h"
+#include "sarissa/data/records.h"
+#include "tests/fuzz/fuzz.h"
+
+namespace sarissa {
+namespace {
+
+// The documents as the corpus should hold them: upper case, each followed by the token 0.
+std::string stream_of(const std::string& path, size_t limit) {
+  const auto reader = data::open_records(path, "fasta");
+  std::string stream;
+  for (std::string id; reader->next(id);) {
+    REQUIRE(!id.empty());
+    const size_t before = stream.size();
+    for (auto piece = reader->read(limit); !piece.empty(); piece = reader->read(limit)) {
+      REQUIRE(piece.size() <= limit);
+      for (const char c : piece) {
+        REQUIRE(std::isalpha(static_cast<unsigned char>(c)) || c == '-' || c == '.' || c == '*');
+        stream += static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
+      }
+    }
+    if (stream.size() > before) stream += '\0';
+  }
+  return stream;
+}
+
+}  // namespace
+}  // namespace sarissa
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  const sarissa::fuzz::MemoryFile file(data, size);
+  try {
+    const std::string stream = sarissa::stream_of(file.path(), 1 << 16);
+    REQUIRE(sarissa::stream_of(file.path(), 3) == stream);
+    sarissa::data::DataConfig config;
+    config.format = "fasta";
+    const auto corpus = sarissa::data::open_corpus(file.path(), config);
+    std::vector<int32_t> tokens(static_cast<size_t>(corpus->size()));
+    std::vector<uint8_t> mask(tokens.size());
+    corpus->read(0, corpus->size(), tokens.data(), mask.data());
+    REQUIRE(std::string(tokens.begin(), tokens.end()) == stream);
+    REQUIRE(corpus->document_starts().at(0) == 0);
+  } catch (const sarissa::Error&) {
+  }
+  return 0;
+}

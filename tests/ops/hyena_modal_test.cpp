@@ -1,0 +1,658 @@
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <cmath>
+#include <functional>
+#include <set>
+
+#include "sarissa/ops/device.h"
+#include "sarissa/ops/ops.h"
+#include "tests/support/compare.h"
+#include "tests/support/golden.h"
+
+namespace sarissa {
+namespace {
+
+using at::Tensor;
+using ops::HyenaState;
+using test::bit_equal;
+using test::GoldenCase;
+using test::relative_rms;
+
+at::ScalarType compute_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void expect_golden(const GoldenCase& golden, const std::string& tensor, const Tensor& got,
+                   at::ScalarType dtype) {
+  EXPECT_LE(test::golden_error(got, golden[tensor]), golden.tolerance(tensor, dtype))
+      << golden.name() << ": " << tensor << " in " << dtype;
+}
+
+// The golden files interleave the projected channels (3j, 3j+1, 3j+2 = post, pre, value of channel
+// j), put the featurizer's current tap last, and keep its state as [B, 3D, 2].
+
+/// Thirds in place of triples along `dim`.
+Tensor thirds(const Tensor& t, int64_t dim) {
+  std::vector<Tensor> parts;
+  for (int64_t k = 0; k < 3; ++k) parts.push_back(t.slice(dim, k, std::nullopt, 3));
+  return at::cat(parts, dim);
+}
+/// The inverse of thirds().
+Tensor triples(const Tensor& t, int64_t dim) {
+  return at::stack(t.chunk(3, dim), dim + 1).flatten(dim, dim + 1);
+}
+
+Tensor featurizer_state_from(const Tensor& golden) { return thirds(golden, 1).transpose(1, 2); }
+Tensor featurizer_state_to(const Tensor& ours) { return triples(ours.transpose(1, 2), 1); }
+
+/// A golden case's inputs as leaves in the golden layout, and our operator on them.
+struct GoldenRun {
+  at::ScalarType dtype;
+  at::Device device;
+  Tensor featurizer, p, gamma, log_poles, residues, skip, featurizer_state, inner_state;
+
+  GoldenRun(const GoldenCase& golden, at::ScalarType dtype, at::Device device)
+      : dtype(dtype), device(device) {
+    const at::ScalarType compute = compute_type(dtype);
+    const auto leaf = [&](const char* name, at::ScalarType type) {
+      if (!golden.has(name)) return Tensor();
+      return golden[name].to(device, type, false, true).requires_grad_(true);
+    };
+    featurizer = leaf("featurizer", compute);
+    // exp and the product are not this operator's: in double, so that only its own error is seen.
+    p = leaf("p", at::kDouble);
+    gamma = leaf("gamma", at::kDouble);
+    log_poles = p.defined() ? -(p.exp() * gamma.exp()) : leaf("log_poles", compute);
+    residues = leaf("R", compute);
+    skip = leaf("D", compute);
+    featurizer_state = leaf("state_feat_in", dtype);
+    inner_state = leaf("state_inner_in", compute);
+  }
+
+  std::tuple<Tensor, HyenaState> operator()(const Tensor& z) const {
+    std::optional<HyenaState> state;
+    if (featurizer_state.defined()) {
+      state = HyenaState{featurizer_state_from(featurizer_state), inner_state};
+    }
+    return ops::hyena_modal(thirds(z, 2), thirds(featurizer, 0).flip(1),
+                            log_poles.to(compute_type(dtype)), residues, skip, state);
+  }
+
+  /// The leaves that exist with the golden names of their gradients.
+  std::vector<std::pair<std::string, Tensor>> leaves() const {
+    std::vector<std::pair<std::string, Tensor>> found;
+    const auto add = [&](const char* name, const Tensor& t) {
+      if (t.defined() && t.is_leaf()) found.emplace_back(name, t);
+    };
+    add("d_featurizer", featurizer);
+    add("d_p", p);
+    add("d_gamma", gamma);
+    add("d_log_poles", log_poles);
+    add("d_R", residues);
+    add("d_D", skip);
+    add("d_state_feat_in", featurizer_state);
+    add("d_state_inner_in", inner_state);
+    return found;
+  }
+};
+
+/// Checks one hyena_li case; returns the names of the results it compared.
+std::set<std::string> check_golden(const GoldenCase& golden, at::ScalarType dtype,
+                                   at::Device device) {
+  const GoldenRun run(golden, dtype, device);
+  std::set<std::string> compared;
+  const auto expect = [&](const std::string& name, const Tensor& got) {
+    expect_golden(golden, name, got, dtype);
+    compared.insert(name);
+  };
+  const Tensor z = golden["z"].to(device, dtype, false, true).requires_grad_(true);
+  const auto [y, state] = run(z);
+  expect("y", y);
+  if (golden.has("state_feat_out")) expect("state_feat_out", featurizer_state_to(state.featurizer));
+  if (golden.has("state_inner_out")) expect("state_inner_out", state.inner);
+
+  std::vector<Tensor> outputs{y}, upstream{golden["dy"].to(device, dtype)};
+  if (golden.has("d_state_feat_out")) {
+    outputs.insert(outputs.end(), {state.featurizer, state.inner});
+    upstream.push_back(featurizer_state_from(golden["d_state_feat_out"]).to(device, dtype));
+    upstream.push_back(golden["d_state_inner_out"].to(device, state.inner.scalar_type()));
+  }
+  std::vector<Tensor> inputs{z};
+  for (const auto& [name, t] : run.leaves()) inputs.push_back(t);
+  const auto grads = torch::autograd::grad(outputs, inputs, upstream);
+  expect("d_z", grads[0]);
+  for (size_t i = 1; i < grads.size(); ++i) expect(run.leaves()[i - 1].first, grads[i]);
+
+  if (golden.has("filter") && dtype != at::kBFloat16) {
+    // The bare filter: the modal operator's response to an impulse.
+    Tensor impulse =
+        at::zeros({1, golden["filter"].size(1), golden["filter"].size(0)}, z.options());
+    impulse.select(1, 0).fill_(1);
+    const Tensor h = std::get<0>(
+        ops::modal(impulse, run.log_poles.to(compute_type(dtype)), run.residues, std::nullopt));
+    expect("filter", h[0].t());
+  }
+  if (golden.has("cuts")) {
+    const Tensor cuts = golden["cuts"];
+    std::vector<Tensor> featurizer_after, inner_after;
+    for (int64_t i = 0; i < cuts.numel(); ++i) {
+      const auto [none, after] = run(z.narrow(1, 0, cuts[i].item<int64_t>()));
+      featurizer_after.push_back(featurizer_state_to(after.featurizer));
+      inner_after.push_back(after.inner);
+    }
+    expect("feat_after", at::stack(featurizer_after));
+    expect("inner_after", at::stack(inner_after));
+  }
+  return compared;
+}
+
+std::vector<at::ScalarType> dtypes_of(const GoldenCase& golden) {
+  std::vector<at::ScalarType> dtypes{at::kDouble, at::kFloat};
+  if (golden.is_bf16()) dtypes.push_back(at::kBFloat16);
+  return dtypes;
+}
+
+TEST(HyenaModal, GoldenVectors) {
+  const test::PoisonMemory poison;
+  int cases = 0;
+  for (const std::string& name : test::golden_cases("hyena_li_")) {
+    const GoldenCase golden(name);
+    if (golden.op() != "hyena_li") continue;
+    ++cases;
+    for (const auto dtype : dtypes_of(golden)) {
+      const auto compared = check_golden(golden, dtype, at::kCPU);
+      if (dtype != at::kDouble) continue;
+      // Every result that the file holds was compared.
+      for (const char* result : {"y", "state_feat_out", "state_inner_out", "d_z", "d_featurizer",
+                                 "d_p", "d_gamma", "d_log_poles", "d_R", "d_D", "d_state_feat_in",
+                                 "d_state_inner_in", "filter", "feat_after", "inner_after"}) {
+        EXPECT_EQ(golden.has(result), compared.contains(result)) << name << ": " << result;
+      }
+    }
+  }
+  EXPECT_GE(cases, 1);
+}
+
+/// ((t k1 + c k2 + (t t mod q)) mod m + s) / d
+Tensor by_formula(const nlohmann::json& f, int64_t length, int64_t channels) {
+  const Tensor t = at::arange(length, at::kLong).unsqueeze(1), c = at::arange(channels, at::kLong);
+  const int64_t k1 = f["k1"], k2 = f["k2"], q = f["q"], m = f["m"], s = f["s"], d = f["d"];
+  const Tensor value = (t * k1 + c * k2 + (t * t).remainder(q)).remainder(m) + s;
+  return (value.to(at::kDouble) / static_cast<double>(d)).unsqueeze(0);
+}
+
+void check_golden_long(at::Device device) {
+  for (const std::string& name : test::golden_cases("hyena_li_long")) {
+    const GoldenCase golden(name);
+    const int64_t length = golden.config()["L"], width = golden.config()["D"];
+    const auto& formulas = golden.config()["formulas"];
+    const Tensor pos = golden["pos"];
+    for (const auto dtype : {at::kDouble, at::kFloat}) {
+      const GoldenRun run(golden, dtype, device);
+      const Tensor z =
+          by_formula(formulas["z"], length, 3 * width).to(device, dtype).requires_grad_(true);
+      const auto [y, state] = run(z);
+      expect_golden(golden, "y_at", y.cpu().index_select(1, pos), dtype);
+      std::vector<Tensor> inputs{z};
+      for (const auto& [gradient, t] : run.leaves()) inputs.push_back(t);
+      const auto grads = torch::autograd::grad(
+          {y}, inputs, {by_formula(formulas["dy"], length, width).to(device, dtype)});
+      expect_golden(golden, "d_z_at", grads[0].cpu().index_select(1, pos), dtype);
+      for (size_t i = 1; i < grads.size(); ++i) {
+        expect_golden(golden, run.leaves()[i - 1].first, grads[i], dtype);
+      }
+    }
+  }
+}
+
+TEST(HyenaModal, GoldenLongSequence) { check_golden_long(at::kCPU); }
+
+struct Shape {
+  int64_t batch, length, width, groups, modes;
+  bool skip = true, state = true;
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& s) {
+  return out << "B" << s.batch << " L" << s.length << " D" << s.width << " G" << s.groups << " N"
+             << s.modes << (s.skip ? " skip" : "") << (s.state ? " state" : "");
+}
+
+/// Inputs and upstream gradients in double: those of element type exact in bfloat16.
+struct Problem {
+  Shape shape;
+  Tensor z, featurizer, log_poles, residues, skip, featurizer_state, inner_state;
+  Tensor dy, dfeaturizer_state, dinner_state;
+
+  explicit Problem(const Shape& s, uint64_t seed = 1) : shape(s) {
+    const auto bf16 = [&](at::IntArrayRef sizes) {
+      return test::randn(sizes, seed++).to(at::kBFloat16).to(at::kDouble);
+    };
+    const auto f32 = [](const Tensor& t) { return t.to(at::kFloat).to(at::kDouble); };
+    z = bf16({s.batch, s.length, 3 * s.width});
+    featurizer = bf16({3 * s.width, 3});
+    log_poles = f32(-test::rand({s.groups, s.modes}, seed++, -9.0, 0.5).exp());
+    residues = f32(test::randn({s.groups, s.modes}, seed++) / std::sqrt(s.modes + 1.0));
+    if (s.skip) skip = bf16({s.width});
+    if (s.state) {
+      featurizer_state = bf16({s.batch, 2, 3 * s.width});
+      inner_state = f32(test::randn({s.batch, s.width, s.modes}, seed++));
+    }
+    dy = bf16({s.batch, s.length, s.width});
+    dfeaturizer_state = bf16({s.batch, 2, 3 * s.width});
+    dinner_state = f32(test::randn({s.batch, s.width, s.modes}, seed++));
+  }
+};
+
+using Operator = std::function<std::tuple<Tensor, HyenaState>(
+    const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
+    const std::optional<Tensor>& skip, const std::optional<HyenaState>& state)>;
+
+std::tuple<Tensor, HyenaState> fused(const Tensor& z, const Tensor& featurizer,
+                                     const Tensor& log_poles, const Tensor& residues,
+                                     const std::optional<Tensor>& skip,
+                                     const std::optional<HyenaState>& state) {
+  return ops::hyena_modal(z, featurizer, log_poles, residues, skip, state);
+}
+
+/// The gates in ATen around the modal operator, everything in the compute type; y is rounded to
+/// z's.
+std::tuple<Tensor, HyenaState> composed(const Tensor& z, const Tensor& featurizer,
+                                        const Tensor& log_poles, const Tensor& residues,
+                                        const std::optional<Tensor>& skip,
+                                        const std::optional<HyenaState>& state) {
+  const Tensor before =
+      state ? state->featurizer : at::zeros({z.size(0), 2, z.size(2)}, z.options());
+  const Tensor rows = at::cat({before, z}, 1), x = rows.to(compute_type(z.scalar_type()));
+  const int64_t length = z.size(1);
+  Tensor c = at::zeros({1}, x.options());
+  for (int64_t k = 0; k < 3; ++k) {
+    c = c + featurizer.select(1, k) * x.narrow(1, 2 - k, length);  // tap k meets z[t - k]
+  }
+  const auto part = c.chunk(3, 2);
+  const auto [q, inner] = ops::modal(part[1] * part[2], log_poles, residues, skip,
+                                     state ? std::optional(state->inner) : std::nullopt);
+  return {(part[0] * q).to(z.scalar_type()), {rows.narrow(1, length, 2), inner}};
+}
+
+const char* const kNames[] = {"y",
+                              "featurizer_state_out",
+                              "inner_state_out",
+                              "dz",
+                              "dfeaturizer",
+                              "dlog_poles",
+                              "dresidues",
+                              "dskip",
+                              "dfeaturizer_state",
+                              "dinner_state"};
+
+/// Outputs and gradients, in the order of kNames.
+std::vector<Tensor> run(const Operator& op, const Problem& p, at::ScalarType dtype,
+                        at::Device device = at::kCPU) {
+  const at::ScalarType compute = compute_type(dtype);
+  const auto leaf = [&](const Tensor& t, at::ScalarType type) {
+    return t.defined() ? t.to(device, type, false, true).requires_grad_(true) : Tensor();
+  };
+  const Tensor z = leaf(p.z, dtype), featurizer = leaf(p.featurizer, compute),
+               log_poles = leaf(p.log_poles, compute), residues = leaf(p.residues, compute),
+               skip = leaf(p.skip, compute), featurizer_state = leaf(p.featurizer_state, dtype),
+               inner_state = leaf(p.inner_state, compute);
+  const auto [y, out] =
+      op(z, featurizer, log_poles, residues, skip.defined() ? std::optional(skip) : std::nullopt,
+         p.shape.state ? std::optional(HyenaState{featurizer_state, inner_state}) : std::nullopt);
+  std::vector<Tensor> leaves;
+  for (const Tensor& t :
+       {z, featurizer, log_poles, residues, skip, featurizer_state, inner_state}) {
+    if (t.defined()) leaves.push_back(t);
+  }
+  const auto grads =
+      torch::autograd::grad({y, out.featurizer, out.inner}, leaves,
+                            {p.dy.to(device, dtype), p.dfeaturizer_state.to(device, dtype),
+                             p.dinner_state.to(device, compute)});
+  std::vector<Tensor> all{y.detach(), out.featurizer.detach(), out.inner.detach()};
+  size_t next = 0;
+  for (const Tensor& t :
+       {z, featurizer, log_poles, residues, skip, featurizer_state, inner_state}) {
+    all.push_back(t.defined() ? grads[next++] : Tensor());
+  }
+  return all;
+}
+
+void expect_close(const std::vector<Tensor>& got, const std::vector<Tensor>& want, double tolerance,
+                  const Shape& shape) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (!want[i].defined()) continue;
+    EXPECT_LE(relative_rms(got[i], want[i]), tolerance) << kNames[i] << " of " << shape;
+  }
+}
+
+void expect_bit_equal(const std::vector<Tensor>& got, const std::vector<Tensor>& want,
+                      const Shape& shape) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (!want[i].defined()) continue;
+    EXPECT_TRUE(bit_equal(got[i], want[i])) << kNames[i] << " of " << shape;
+  }
+}
+
+const Shape kShapes[] = {
+    {2, 37, 5, 5, 16},                 // one group per channel
+    {1, 64, 24, 6, 16, false, true},   // a whole chunk, no skip
+    {3, 65, 17, 17, 16, true, false},  // one step more, one channel more than a tile
+    {2, 66, 16, 8, 4},                 //
+    {1, 63, 32, 1, 16, false, false},  // one group, one step less
+    {2, 127, 12, 4, 3},                // modes that fill no register block
+    {1, 129, 33, 11, 21},              //
+    {2, 1, 18, 9, 16},                 // one decode step: half of the old state stays
+    {2, 2, 3, 3, 5},                   //
+    {2, 3, 3, 3, 5, true, false},      //
+    {2, 11, 4, 2, 0},                  // no modes: the skip alone
+};
+
+TEST(HyenaModal, MatchesGatesAroundModalInDouble) {
+  const test::PoisonMemory poison;
+  for (const Shape& shape : kShapes) {
+    const Problem p(shape);
+    expect_close(run(fused, p, at::kDouble), run(composed, p, at::kDouble), 1e-12, shape);
+  }
+}
+
+TEST(HyenaModal, MatchesGatesAroundModalInFloat) {
+  const test::PoisonMemory poison;
+  for (const Shape& shape : kShapes) {
+    const Problem p(shape);
+    expect_close(run(fused, p, at::kFloat), run(composed, p, at::kDouble), 3e-6, shape);
+  }
+}
+
+TEST(HyenaModal, Bfloat16IsAsGoodAsFloatArithmeticOnBfloat16) {
+  const test::PoisonMemory poison;
+  for (const Shape& shape : kShapes) {
+    const Problem p(shape);
+    const auto want = run(composed, p, at::kDouble), got = run(fused, p, at::kBFloat16),
+               same = run(composed, p, at::kBFloat16);
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (!want[i].defined()) continue;
+      EXPECT_LE(relative_rms(got[i], want[i]), std::max(3e-6, 2 * relative_rms(same[i], want[i])))
+          << kNames[i] << " of " << shape;
+    }
+  }
+}
+
+TEST(HyenaModal, MatchesFiniteDifferences) {
+  const Problem p({2, 9, 4, 2, 3});
+  const auto f = [](const std::vector<Tensor>& in) {
+    const auto [y, state] =
+        ops::hyena_modal(in[0], in[1], in[2], in[3], in[4], HyenaState{in[5], in[6]});
+    return at::cat({y.flatten(), state.featurizer.flatten(), state.inner.flatten()});
+  };
+  EXPECT_LE(test::gradient_error(f, {p.z, p.featurizer, p.log_poles, p.residues, p.skip,
+                                     p.featurizer_state, p.inner_state}),
+            1e-7);
+}
+
+TEST(HyenaModal, MatchesFftLayer) {
+  const Problem p({2, 500, 6, 3, 16, true, false});
+  const int64_t length = p.shape.length;
+  const Tensor x = at::constant_pad_nd(p.z, {0, 0, 2, 0});
+  Tensor mixed = at::zeros_like(p.z);
+  for (int64_t k = 0; k < 3; ++k) {
+    mixed = mixed + p.featurizer.select(1, k) * x.narrow(1, 2 - k, length);
+  }
+  const auto part = mixed.chunk(3, 2);
+  const Tensor u = part[1] * part[2], t = at::arange(length, at::kDouble);
+  const Tensor filter_DL = (p.residues.unsqueeze(2) * (p.log_poles.unsqueeze(2) * t).exp())
+                               .sum(1)
+                               .repeat_interleave(2, 0);
+  const Tensor q = at::fft_irfft(at::fft_rfft(u.transpose(1, 2), 2 * length) *
+                                     at::fft_rfft(filter_DL, 2 * length),
+                                 2 * length)
+                       .narrow(2, 0, length)
+                       .transpose(1, 2);
+  const Tensor want = part[0] * (q + p.skip * u);
+  const Tensor got =
+      std::get<0>(ops::hyena_modal(p.z, p.featurizer, p.log_poles, p.residues, p.skip));
+  EXPECT_LE(relative_rms(got, want), 1e-13);
+}
+
+TEST(HyenaModal, SplitAnywhereEqualsUnsplitBitForBit) {
+  const Problem p({2, 133, 19, 19, 16});
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    const at::ScalarType compute = compute_type(dtype);
+    const Tensor z = p.z.to(dtype), featurizer = p.featurizer.to(compute),
+                 log_poles = p.log_poles.to(compute), residues = p.residues.to(compute),
+                 skip = p.skip.to(compute);
+    const HyenaState start{p.featurizer_state.to(dtype), p.inner_state.to(compute)};
+    const auto step = [&](int64_t from, int64_t count, const HyenaState& state) {
+      return ops::hyena_modal(z.narrow(1, from, count), featurizer, log_poles, residues, skip,
+                              state);
+    };
+    const auto [y, end] = step(0, p.shape.length, start);
+    for (const int64_t cut : {0, 1, 2, 3, 63, 64, 65, 131, 132, 133}) {
+      const auto [y1, s1] = step(0, cut, start);
+      const auto [y2, s2] = step(cut, p.shape.length - cut, s1);
+      EXPECT_TRUE(bit_equal(at::cat({y1, y2}, 1), y)) << "cut at " << cut << " in " << dtype;
+      EXPECT_TRUE(bit_equal(s2.featurizer, end.featurizer)) << cut;
+      EXPECT_TRUE(bit_equal(s2.inner, end.inner)) << cut;
+    }
+    HyenaState state = start;  // decoding
+    std::vector<Tensor> steps;
+    for (int64_t t = 0; t < p.shape.length; ++t) {
+      auto [out, next] = step(t, 1, state);
+      steps.push_back(out);
+      state = next;
+    }
+    EXPECT_TRUE(bit_equal(at::cat(steps, 1), y)) << dtype;
+    EXPECT_TRUE(bit_equal(state.featurizer, end.featurizer)) << dtype;
+    EXPECT_TRUE(bit_equal(state.inner, end.inner)) << dtype;
+  }
+}
+
+TEST(HyenaModal, GradientsFlowThroughASplit) {
+  const Problem p({2, 100, 9, 3, 16});
+  const auto whole = run(fused, p, at::kDouble);
+  for (const int64_t cut : {1, 2, 64, 99}) {
+    const Operator split =
+        [&](const Tensor& z, const Tensor& featurizer, const Tensor& log_poles,
+            const Tensor& residues, const std::optional<Tensor>& skip,
+            const std::optional<HyenaState>& state) -> std::tuple<Tensor, HyenaState> {
+      const auto [y1, s1] =
+          fused(z.narrow(1, 0, cut), featurizer, log_poles, residues, skip, state);
+      const auto [y2, s2] =
+          fused(z.narrow(1, cut, z.size(1) - cut), featurizer, log_poles, residues, skip, s1);
+      return {at::cat({y1, y2}, 1), s2};
+    };
+    expect_close(run(split, p, at::kDouble), whole, 1e-13, p.shape);
+  }
+}
+
+TEST(HyenaModal, AppendedTokensDoNotChangeThePast) {
+  const Problem p({1, 200, 40, 40, 16});
+  const auto y = [&](int64_t length) {
+    return std::get<0>(ops::hyena_modal(p.z.to(at::kFloat).narrow(1, 0, length),
+                                        p.featurizer.to(at::kFloat), p.log_poles.to(at::kFloat),
+                                        p.residues.to(at::kFloat), p.skip.to(at::kFloat)));
+  };
+  const Tensor all = y(200);
+  for (const int64_t length : {1, 2, 31, 64, 65, 130, 199}) {
+    EXPECT_TRUE(bit_equal(y(length), all.narrow(1, 0, length))) << length;
+  }
+}
+
+TEST(HyenaModal, StridedInputs) {
+  const Problem p({2, 70, 18, 9, 16});
+  const auto strided = [&](at::ScalarType dtype, bool wide) {
+    const at::ScalarType compute = compute_type(dtype);
+    const auto of = [&](const Tensor& t, at::ScalarType type) {
+      return wide ? test::strided_copy(t.to(type)) : t.to(type);
+    };
+    const auto [y, state] =
+        ops::hyena_modal(of(p.z, dtype), of(p.featurizer, compute), of(p.log_poles, compute),
+                         of(p.residues, compute), of(p.skip, compute),
+                         HyenaState{of(p.featurizer_state, dtype), of(p.inner_state, compute)});
+    return at::cat({y.to(at::kDouble).flatten(), state.featurizer.to(at::kDouble).flatten(),
+                    state.inner.to(at::kDouble).flatten()});
+  };
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    EXPECT_TRUE(bit_equal(strided(dtype, true), strided(dtype, false))) << dtype;
+  }
+}
+
+TEST(HyenaModal, ExpandedAndMissingGradients) {
+  const Problem p({2, 30, 6, 3, 4});
+  for (const int which : {0, 1, 2}) {
+    const auto gradients = [&](const Operator& op) {
+      std::vector<Tensor> leaves{
+          p.z.clone(),    p.featurizer.clone(),       p.log_poles.clone(),  p.residues.clone(),
+          p.skip.clone(), p.featurizer_state.clone(), p.inner_state.clone()};
+      for (Tensor& t : leaves) t.requires_grad_(true);
+      const auto [y, state] = op(leaves[0], leaves[1], leaves[2], leaves[3], leaves[4],
+                                 HyenaState{leaves[5], leaves[6]});
+      const Tensor loss = (which == 0 ? y : which == 1 ? state.featurizer : state.inner).sum();
+      return torch::autograd::grad({loss}, leaves, {}, std::nullopt, false, true);
+    };
+    const auto got = gradients(fused), want = gradients(composed);
+    for (size_t i = 0; i < want.size(); ++i) {
+      const Tensor expected = want[i].defined() ? want[i] : at::zeros_like(got[i]);
+      EXPECT_LE(relative_rms(got[i], expected), 1e-12) << "leaf " << i << ", output " << which;
+    }
+  }
+}
+
+TEST(HyenaModal, RepeatedAndThreadedRunsAreBitEqual) {
+  const Problem p({3, 260, 70, 10, 16});
+  const int threads = at::get_num_threads();
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const auto first = run(fused, p, dtype);
+    expect_bit_equal(run(fused, p, dtype), first, p.shape);
+    at::set_num_threads(1);
+    const auto one = run(fused, p, dtype);
+    at::set_num_threads(2);
+    const auto two = run(fused, p, dtype);
+    at::set_num_threads(threads);
+    expect_bit_equal(one, first, p.shape);
+    expect_bit_equal(two, first, p.shape);
+  }
+}
+
+TEST(HyenaModal, EmptyBatchAndLength) {
+  for (const Shape& shape : {Shape{2, 0, 6, 3, 4}, Shape{0, 5, 6, 3, 4}}) {
+    const Problem p(shape);
+    const auto all = run(fused, p, at::kFloat);
+    EXPECT_TRUE(bit_equal(all[1], p.featurizer_state.to(at::kFloat)));
+    EXPECT_TRUE(bit_equal(all[2], p.inner_state.to(at::kFloat)));
+    for (const int i : {4, 5, 6, 7}) EXPECT_TRUE(all[i].eq(0).all().item<bool>()) << kNames[i];
+    EXPECT_TRUE(bit_equal(all[8], p.dfeaturizer_state.to(at::kFloat)));
+    EXPECT_TRUE(bit_equal(all[9], p.dinner_state.to(at::kFloat)));
+  }
+}
+
+TEST(HyenaModal, MetaTensorsGetShapes) {
+  const auto meta = at::TensorOptions().device(at::kMeta).dtype(at::kBFloat16);
+  const auto meta_float = meta.dtype(at::kFloat);
+  const Tensor poles = at::empty({4, 3}, meta_float);
+  const auto [y, state] = ops::hyena_modal(at::empty({2, 7, 36}, meta),
+                                           at::empty({36, 3}, meta_float), poles, poles, {});
+  EXPECT_EQ(y.sizes(), (at::IntArrayRef{2, 7, 12}));
+  EXPECT_EQ(state.featurizer.sizes(), (at::IntArrayRef{2, 2, 36}));
+  EXPECT_EQ(state.featurizer.scalar_type(), at::kBFloat16);
+  EXPECT_EQ(state.inner.sizes(), (at::IntArrayRef{2, 12, 3}));
+  EXPECT_EQ(state.inner.scalar_type(), at::kFloat);
+}
+
+TEST(HyenaModal, RefusesBadInputsByName) {
+  const Problem p({2, 5, 6, 3, 4});
+  const HyenaState good{p.featurizer_state, p.inner_state};
+  const auto expect = [&](const std::string& part, const Tensor& z, const Tensor& featurizer,
+                          const HyenaState& state) {
+    try {
+      ops::hyena_modal(z, featurizer, p.log_poles, p.residues, p.skip, state);
+      ADD_FAILURE() << "no error; expected " << part;
+    } catch (const std::exception& e) {
+      EXPECT_NE(std::string(e.what()).find("sarissa::hyena_modal: " + part), std::string::npos)
+          << e.what();
+    }
+  };
+  expect("z is Half", p.z.to(at::kHalf), p.featurizer, good);
+  expect("z has 17 channels", p.z.narrow(2, 0, 17), p.featurizer, good);
+  expect("featurizer has shape [18, 2]", p.z, p.featurizer.narrow(1, 0, 2), good);
+  expect("featurizer has shape [3, 18]", p.z, p.featurizer.t(), good);
+  expect("featurizer_state is Float", p.z, p.featurizer,
+         {p.featurizer_state.to(at::kFloat), p.inner_state});
+  expect("inner_state is Double [2, 4, 6]", p.z, p.featurizer,
+         {p.featurizer_state, p.inner_state.transpose(1, 2)});
+}
+
+TEST(HyenaModal, CudaGoldenVectors) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const std::string& name : test::golden_cases("hyena_li_")) {
+    const GoldenCase golden(name);
+    if (golden.op() != "hyena_li") continue;
+    for (const auto dtype : dtypes_of(golden)) check_golden(golden, dtype, at::kCUDA);
+  }
+}
+
+TEST(HyenaModal, CudaGoldenLongSequence) {
+  SKIP_WITHOUT_CUDA();
+  check_golden_long(at::kCUDA);
+}
+
+TEST(HyenaModal, CudaMatchesTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  std::vector<Shape> shapes(std::begin(kShapes), std::end(kShapes));
+  shapes.push_back({2, 1031, 130, 26, 16});
+  shapes.push_back({1, 2048, 256, 256, 16, true, false});
+  for (const Shape& shape : shapes) {
+    const Problem p(shape);
+    const auto want = run(fused, p, at::kDouble);
+    expect_close(run(fused, p, at::kDouble, at::kCUDA), want, 1e-12, shape);
+    expect_close(run(fused, p, at::kFloat, at::kCUDA), want, 3e-6, shape);
+    const auto got = run(fused, p, at::kBFloat16, at::kCUDA);
+    // The only roundings to bfloat16 are those of the results y, dz and dfeaturizer_state.
+    expect_close(got, want, 2.5e-3, shape);
+    for (const int i : {2, 4, 5, 6, 7, 9}) {
+      if (!want[i].defined()) continue;
+      EXPECT_LE(relative_rms(got[i], want[i]), 3e-6) << kNames[i] << " of " << shape;
+    }
+  }
+}
+
+TEST(HyenaModal, CudaSplitsAndRepeatsAreBitEqual) {
+  SKIP_WITHOUT_CUDA();
+  const Problem p({2, 133, 70, 35, 16});
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    const auto first = run(fused, p, dtype, at::kCUDA);
+    expect_bit_equal(run(fused, p, dtype, at::kCUDA), first, p.shape);
+    const auto on = [&](const Tensor& t, at::ScalarType type) { return t.to(at::kCUDA, type); };
+    const HyenaState start{on(p.featurizer_state, dtype), on(p.inner_state, at::kFloat)};
+    const auto step = [&](int64_t from, int64_t count, const HyenaState& state) {
+      return ops::hyena_modal(on(p.z, dtype).narrow(1, from, count), on(p.featurizer, at::kFloat),
+                              on(p.log_poles, at::kFloat), on(p.residues, at::kFloat),
+                              on(p.skip, at::kFloat), state);
+    };
+    for (const int64_t cut : {0, 1, 2, 15, 16, 17, 64, 100, 132}) {
+      const auto [y1, s1] = step(0, cut, start);
+      const auto [y2, s2] = step(cut, p.shape.length - cut, s1);
+      EXPECT_TRUE(bit_equal(at::cat({y1, y2}, 1), first[0])) << "cut at " << cut << " in " << dtype;
+      EXPECT_TRUE(bit_equal(s2.featurizer, first[1])) << "cut at " << cut << " in " << dtype;
+      EXPECT_TRUE(bit_equal(s2.inner, first[2])) << "cut at " << cut << " in " << dtype;
+    }
+  }
+}
+
+TEST(HyenaModal, CudaEmptyBatchAndLength) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& shape : {Shape{2, 0, 6, 3, 4}, Shape{0, 5, 6, 3, 4}}) {
+    const Problem p(shape);
+    const auto all = run(fused, p, at::kFloat, at::kCUDA);
+    EXPECT_TRUE(bit_equal(all[1], p.featurizer_state.to(at::kFloat)));
+    for (const int i : {4, 5, 6, 7}) EXPECT_TRUE(all[i].eq(0).all().item<bool>()) << kNames[i];
+    EXPECT_TRUE(bit_equal(all[9], p.dinner_state.to(at::kFloat)));
+  }
+}
+
+}  // namespace
+}  // namespace sarissa
