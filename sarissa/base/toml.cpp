@@ -1,16 +1,18 @@
 #include "sarissa/base/toml.h"
 
+#include <algorithm>
 #include <stdexcept>
 
-// toml++ 3.3 asserts what some malformed text breaks ("[!]"), and takes it for granted under
-// NDEBUG.
-#undef NDEBUG
-#define TOML_ASSERT(condition) \
-  ((condition) ? void() : throw std::logic_error("near a bare key or value"))
-#include <toml++/toml.h>
-
-#include <algorithm>
 #include "sarissa/base/file.h"
+
+// toml++ 3.3 asserts what some malformed text breaks ("[!]"), and takes it for granted under
+// NDEBUG. Such text must be an error instead.
+#undef NDEBUG
+static constexpr void check_toml(bool condition) {
+  if (!condition) throw std::logic_error("near a bare key or value");
+}
+#define TOML_ASSERT(condition) check_toml(static_cast<bool>(condition))
+#include <toml++/toml.h>
 
 namespace sarissa {
 namespace {

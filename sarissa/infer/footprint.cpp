@@ -35,7 +35,7 @@ int64_t layer_bytes(const ModelConfig& config, MixerKind kind, int64_t tokens,
     case MixerKind::kAttention:
       return kv_bytes(config, tokens, element_bytes);
     case MixerKind::kWindowedAttention:
-      return kv_bytes(config, std::min(tokens, config.swa_window), element_bytes);
+      return kv_bytes(config, std::min(tokens, config.swa_window - 1), element_bytes);
   }
   return 0;
 }

@@ -3,6 +3,7 @@
 // GPU, a window; both are made of small masks over chunks of queries, never one of [L, S].
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_flash_attention_forward.h>
+#include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -25,25 +26,42 @@ using at::Tensor;
 constexpr int64_t kMaskElements = 1 << 22;  // of the masks of full attention
 constexpr int64_t kLeastChunk = 64;         // queries; shorter chunks leave the kernels idle
 
+/// x, or a copy whose rows start at multiples of 16 bytes, as torch's GPU kernels read them.
+Tensor with_aligned_rows(const Tensor& x) {
+  const int64_t n = 16 / x.element_size();
+  const bool aligned = x.stride(3) == 1 && x.stride(0) % n == 0 && x.stride(1) % n == 0 &&
+                       x.stride(2) % n == 0 && x.storage_offset() % n == 0;
+  // clone, not contiguous(): that leaves odd strides of dimensions of size 1, and the kernels look.
+  return aligned ? x : x.clone(at::MemoryFormat::Contiguous);
+}
+
 /// Attention of q [B, L, H, P] to k, v [B, S, Hkv, P] under an additive mask [L, S], a causal mask
 /// (L = S) or none.
 Tensor sdpa(const Tensor& q_BLHP, const Tensor& k_BSHP, const Tensor& v_BSHP,
             const std::optional<Tensor>& mask_LS, bool causal) {
   const int64_t groups = q_BLHP.size(2) / k_BSHP.size(2);
-  Tensor k = k_BSHP, v = v_BSHP;
+  Tensor q = q_BLHP, k = k_BSHP, v = v_BSHP;
   bool enable_gqa = groups > 1;
-  // On a GPU only the flash kernel knows grouped heads, and it takes no mask and only half
-  // precision. Repeating the keys is cheaper than the [L, S] scores of the fallback.
-  if (enable_gqa && q_BLHP.is_cuda() &&
-      (mask_LS.has_value() || q_BLHP.scalar_type() != at::kBFloat16)) {
-    k = k.repeat_interleave(groups, 2);
-    v = v.repeat_interleave(groups, 2);
-    enable_gqa = false;
+  bool plain = false;
+  if (q.is_cuda()) {
+    // The fused kernels want rows of whole 16-byte pieces and no doubles, but torch's own choice
+    // of a kernel does not look at all of that: it would stop with "no kernel found to launch".
+    plain = q.scalar_type() == at::kDouble || q.size(3) * q.element_size() % 16 != 0;
+    q = with_aligned_rows(q), k = with_aligned_rows(k), v = with_aligned_rows(v);
+    // Only the flash kernel knows grouped heads, and it takes no mask and only half precision.
+    // Repeating the keys is cheaper than the [L, S] scores of the fallback.
+    if (enable_gqa && (plain || mask_LS.has_value() || q.scalar_type() != at::kBFloat16)) {
+      k = k.repeat_interleave(groups, 2);
+      v = v.repeat_interleave(groups, 2);
+      enable_gqa = false;
+    }
   }
-  return at::scaled_dot_product_attention(q_BLHP.transpose(1, 2), k.transpose(1, 2),
-                                          v.transpose(1, 2), mask_LS, /*dropout_p=*/0.0, causal,
-                                          /*scale=*/std::nullopt, enable_gqa)
-      .transpose(1, 2);
+  q = q.transpose(1, 2), k = k.transpose(1, 2), v = v.transpose(1, 2);
+  const Tensor out =
+      plain ? std::get<0>(at::_scaled_dot_product_attention_math(q, k, v, mask_LS, 0.0, causal))
+            : at::scaled_dot_product_attention(q, k, v, mask_LS, /*dropout_p=*/0.0, causal,
+                                               /*scale=*/std::nullopt, enable_gqa);
+  return out.transpose(1, 2);
 }
 
 /// [rows, columns] of 0 where row i may see column j and -inf elsewhere: i and the window - 1
@@ -122,18 +140,11 @@ bool flash_fits(const Tensor& q) {
   return q.is_cuda() && q.scalar_type() == at::kBFloat16 && q.size(3) <= 256 && q.size(3) % 8 == 0;
 }
 
-/// The flash kernel reads rows in 16-byte pieces.
-Tensor flash_input(const Tensor& x) {
-  const bool aligned = x.stride(3) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 &&
-                       x.stride(2) % 8 == 0 && x.storage_offset() % 8 == 0;
-  return aligned ? x : x.contiguous();
-}
-
 /// Causal attention by the flash kernel: it aligns causality and window to the last key, as we do,
 /// and takes -1 for no window.
 Tensor flash(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
   return std::get<0>(at::_flash_attention_forward(
-      flash_input(q), flash_input(k), flash_input(v), /*cum_seq_q=*/std::nullopt,
+      with_aligned_rows(q), with_aligned_rows(k), with_aligned_rows(v), /*cum_seq_q=*/std::nullopt,
       /*cum_seq_k=*/std::nullopt, q.size(1), k.size(1), /*dropout_p=*/0.0, /*is_causal=*/true,
       /*return_debug_mask=*/false, /*scale=*/std::nullopt,
       /*window_size_left=*/window - 1, /*window_size_right=*/0, /*seqused_k=*/std::nullopt,

@@ -122,14 +122,15 @@ TEST(Score, MemoryDoesNotGrowWithTheRecord) {
       left -= count;
       return piece.substr(0, count);
     };
-    EXPECT_EQ(score_record(decoder, read, {}).terms, bases - 1);
+    EXPECT_EQ(score_record(decoder, read, {.chunk = 512}).terms, bases - 1);
     return peak_memory();
   };
   const int64_t short_record = score_bases(100'000);
   const int64_t long_record = score_bases(300'000);
   ASSERT_GT(short_record, 0);
-  // Keeping one float per channel of 200,000 more bases would take 12,500 KiB.
-  EXPECT_LE(long_record - short_record, 2'000) << "KiB";
+  // Keeping one float per channel of the 200,000 more bases would take 12,500 KiB; the allocator's
+  // own ups and downs take less than half of that.
+  EXPECT_LE(long_record - short_record, 6'000) << "KiB";
 }
 
 }  // namespace

@@ -525,7 +525,8 @@ TEST(DecoderCuda, ParametersEqualTheCpus) {
   SKIP_WITHOUT_CUDA();
   const ModelConfig config = tiny("SE MR LI ATT PHX SWA");
   const auto cpu = values_of(Decoder(config, 5, at::kCPU, at::kBFloat16));
-  for (const auto& p : Decoder(config, 5, at::kCUDA, at::kBFloat16).parameters()) {
+  const Decoder gpu(config, 5, at::kCUDA, at::kBFloat16);
+  for (const auto& p : gpu.parameters()) {
     EXPECT_TRUE(bit_equal(p.value, cpu.at(p.name))) << p.name;
   }
 }
