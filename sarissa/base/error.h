@@ -40,7 +40,7 @@ std::string did_you_mean(std::string_view word, const std::vector<std::string>& 
 }  // namespace sarissa
 
 /// Throws sarissa::Error with the joined message unless the condition holds.
-#define SARISSA_CHECK(condition, ...)                              \
-  do {                                                             \
+#define SARISSA_CHECK(condition, ...)                                      \
+  do {                                                                     \
     if (!(condition)) throw ::sarissa::Error(::sarissa::str(__VA_ARGS__)); \
   } while (false)

@@ -56,7 +56,7 @@ void generate(const Options& options) {
   if (options.prompts.empty() == options.prompt_file.empty()) {
     throw UsageError("give either --prompt TEXT or --prompt-file FILE");
   }
-  options.generate.sampling.validate();
+  options.generate.validate();
   const std::vector<std::string> prompts =
       options.prompt_file.empty() ? options.prompts : read_prompts(options.prompt_file);
   const model::Decoder decoder = load_model(options.model);

@@ -35,15 +35,19 @@ float log_probability(const std::vector<float>& logits, int64_t token) {
 
 }  // namespace
 
+void GenerateOptions::validate() const {
+  if (tokens < 0) {
+    throw UsageError(str("tokens to generate is ", tokens, "; it must be 0 or more"));
+  }
+  if (prefill_chunk < 1) {
+    throw UsageError(str("prefill chunk is ", prefill_chunk, "; it must be at least 1"));
+  }
+  sampling.validate();
+}
+
 Generation generate(const model::Decoder& decoder, const std::vector<int64_t>& prompt,
                     const GenerateOptions& options, const TakeToken& take) {
-  if (options.tokens < 0) {
-    throw UsageError(str("tokens to generate is ", options.tokens, "; it must be 0 or more"));
-  }
-  if (options.prefill_chunk < 1) {
-    throw UsageError(str("prefill chunk is ", options.prefill_chunk, "; it must be at least 1"));
-  }
-  options.sampling.validate();
+  options.validate();
   c10::NoGradGuard no_grad;
   Generation result;
   if (options.tokens == 0) return result;

@@ -16,6 +16,8 @@ struct GenerateOptions {
   int64_t prefill_chunk =
       2048;                  // prompt tokens per forward pass: bounds the memory of long prompts
   bool stop_at_end = false;  // stop after id 0 (end of document)
+  /// Throws UsageError naming the option that is out of range.
+  void validate() const;
 };
 
 struct Generation {

@@ -46,9 +46,10 @@ Cuda load_cuda() {
     return {.reason = str("the CUDA kernels do not load (", dlerror(),
                           "); run ./run build --cuda to build them")};
   }
-  auto table = reinterpret_cast<decltype(&sarissa_cuda_kernels)>(dlsym(ours, "sarissa_cuda_kernels"));
-  cuda.get_current_stream = reinterpret_cast<GetCurrentStream>(
-      dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+  auto table =
+      reinterpret_cast<decltype(&sarissa_cuda_kernels)>(dlsym(ours, "sarissa_cuda_kernels"));
+  cuda.get_current_stream =
+      reinterpret_cast<GetCurrentStream>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
   if (table == nullptr || cuda.get_current_stream == nullptr) {
     return {.reason = str(path.string(), " or libtorch_cuda.so is of another version; rebuild")};
   }
@@ -99,9 +100,12 @@ at::Device parse_device(const std::string& text) {
 
 kernels::DType kernel_dtype(const at::Tensor& tensor, const char* op, const char* argument) {
   switch (tensor.scalar_type()) {
-    case at::kDouble: return kernels::DType::kFloat64;
-    case at::kFloat: return kernels::DType::kFloat32;
-    case at::kBFloat16: return kernels::DType::kBFloat16;
+    case at::kDouble:
+      return kernels::DType::kFloat64;
+    case at::kFloat:
+      return kernels::DType::kFloat32;
+    case at::kBFloat16:
+      return kernels::DType::kBFloat16;
     default:
       TORCH_CHECK(false, "sarissa::", op, ": ", argument, " is ", tensor.scalar_type(),
                   "; expected float64, float32 or bfloat16");

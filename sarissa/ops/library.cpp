@@ -70,8 +70,9 @@ TORCH_LIBRARY(sarissa, m) {
       " Tensor featurizer, Tensor taps, Tensor? skip, Tensor? featurizer_state,"
       " Tensor? inner_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  // Sliding window recurrence with the gates of a Phalanx layer: abcv [B, L, C] packs the projections
-  // [a: H | b: Hkv*P | c: Hkv*P | v: H*P]; window 0 is the full recurrence. Returns y and the state.
+  // Sliding window recurrence with the gates of a Phalanx layer: abcv [B, L, C] packs the
+  // projections [a: H | b: Hkv*P | c: Hkv*P | v: H*P]; window 0 is the full recurrence. Returns y
+  // and the state.
   m.def(
       "phalanx(Tensor abcv, int heads, int kv_heads, int window, float decay_max=1.0,"
       " Tensor? w=None, Tensor? r=None, Tensor? v=None, Tensor? index=None)"

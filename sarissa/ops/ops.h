@@ -1,5 +1,5 @@
-// The operators as C++ functions. Each calls torch.ops.sarissa.* through the dispatcher, so autograd,
-// CPU, CUDA and Meta tensors all work; element types are double, float and bfloat16.
+// The operators as C++ functions. Each calls torch.ops.sarissa.* through the dispatcher, so
+// autograd, CPU, CUDA and Meta tensors all work; element types are double, float and bfloat16.
 //
 // Shapes: B batch, L length, D width, H heads, P head width, C packed channels, G groups, W taps,
 // N modes, V vocabulary. Everything is time-major with channels innermost; strided views are
@@ -20,10 +20,10 @@
 
 namespace sarissa::ops {
 
-/// State of a (sliding window) recurrence inside a block (spec: Phalanx paper, section on decoding).
-/// One step is w <- a w + u, r <- a r, x = w + r v, i <- i + 1, and when i reaches the window:
-/// v <- w, w <- 0, r <- 1, i <- 0. A full recurrence keeps w = 0, r = 1, i = 0 and v = x between
-/// calls.
+/// State of a (sliding window) recurrence inside a block (spec: Phalanx paper, section on
+/// decoding). One step is w <- a w + u, r <- a r, x = w + r v, i <- i + 1, and when i reaches the
+/// window: v <- w, w <- 0, r <- 1, i <- 0. A full recurrence keeps w = 0, r = 1, i = 0 and v = x
+/// between calls.
 struct SwrState {
   at::Tensor w;      // [B, H, P] local accumulator; fp32 (fp64 for double inputs)
   at::Tensor r;      // [B, H]    product of the block's coefficients so far
@@ -35,8 +35,8 @@ struct SwrState {
 constexpr int64_t kFullRecurrence = 0;
 
 /// x_t = a_t x_(t-1) + u_t under a jagged window of `window` steps (window 0: full recurrence).
-/// a [B, L, H] in [0, 1], u [B, L, H, P]; returns x [B, L, H, P]. Source: Sliding Window Recurrences
-/// (arXiv 2512.13921), sections on the hierarchical decomposition and Block Two-Pass.
+/// a [B, L, H] in [0, 1], u [B, L, H, P]; returns x [B, L, H, P]. Source: Sliding Window
+/// Recurrences (arXiv 2512.13921), sections on the hierarchical decomposition and Block Two-Pass.
 std::tuple<at::Tensor, SwrState> swr(const at::Tensor& a_BLH, const at::Tensor& u_BLHP,
                                      int64_t window,
                                      const std::optional<SwrState>& state = std::nullopt);
@@ -96,8 +96,8 @@ Gate parse_gate(const std::string& name);     // "swiglu" "gelu" "bilinear"; thr
 /// act(gate) * up for packed [gate | up]: [..., 2F] -> [..., F].
 at::Tensor glu(const at::Tensor& gate_up, Gate gate);
 
-/// Rotary embedding in half-split pairing (d, d + P/2): x [B, L, H, P], inverse frequencies [P/2] in
-/// fp32; the angle of step t is (position + t) / scale * inv_freq. scale > 1 is linear position
+/// Rotary embedding in half-split pairing (d, d + P/2): x [B, L, H, P], inverse frequencies [P/2]
+/// in fp32; the angle of step t is (position + t) / scale * inv_freq. scale > 1 is linear position
 /// interpolation.
 at::Tensor rope(const at::Tensor& x_BLHP, const at::Tensor& inv_freq, int64_t position,
                 double scale);
@@ -105,20 +105,20 @@ at::Tensor rope(const at::Tensor& x_BLHP, const at::Tensor& inv_freq, int64_t po
 /// base^(-2d/P) for d in 0..P/2-1, fp32.
 at::Tensor rope_inverse_frequencies(int64_t head_width, double base, at::Device device);
 
-/// Causal attention with grouped kv heads: q [B, L, H, P]; k, v [B, S, Hkv, P] with S >= L, the last
-/// L of which are q's own steps. window 0: all of the past; else each step sees itself and the
+/// Causal attention with grouped kv heads: q [B, L, H, P]; k, v [B, S, Hkv, P] with S >= L, the
+/// last L of which are q's own steps. window 0: all of the past; else each step sees itself and the
 /// window - 1 steps before it. Returns [B, L, H, P]. Uses torch's SDPA / flash attention.
 at::Tensor attention(const at::Tensor& q_BLHP, const at::Tensor& k_BSHP, const at::Tensor& v_BSHP,
                      int64_t window);
 
-/// Per-token negative log-likelihood in fp32: logits [N, V], targets [N] int64 -> [N]. Accumulates in
-/// fp32 whatever the logits' dtype. A target of -100 gives 0 and no gradient.
+/// Per-token negative log-likelihood in fp32: logits [N, V], targets [N] int64 -> [N]. Accumulates
+/// in fp32 whatever the logits' dtype. A target of -100 gives 0 and no gradient.
 at::Tensor cross_entropy(const at::Tensor& logits_NV, const at::Tensor& targets_N);
 
 /// Weighted sum of the negative log-likelihoods of hidden @ head^T without ever holding all logits:
-/// hidden [N, D], head [V, D], targets [N] int64, weights [N] fp32 (0 masks a token). Works in chunks
-/// of tokens; where gradients are wanted, each chunk's are formed while its logits are there. Returns
-/// a fp32 scalar. fp64 throughout for double hidden.
+/// hidden [N, D], head [V, D], targets [N] int64, weights [N] fp32 (0 masks a token). Works in
+/// chunks of tokens; where gradients are wanted, each chunk's are formed while its logits are
+/// there. Returns a fp32 scalar. fp64 throughout for double hidden.
 at::Tensor linear_cross_entropy(const at::Tensor& hidden_ND, const at::Tensor& head_VD,
                                 const at::Tensor& targets_N, const at::Tensor& weights_N);
 

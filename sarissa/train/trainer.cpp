@@ -111,6 +111,18 @@ nlohmann::ordered_json number(double value) {
   return std::isfinite(value) ? nlohmann::ordered_json(value) : nlohmann::ordered_json();
 }
 
+// `text` as a terminal can show it: what is not UTF-8 and control characters are replaced.
+std::string printable(const std::string& text) {
+  using Json = nlohmann::json;
+  const std::string valid = Json(text).dump(-1, ' ', false, Json::error_handler_t::replace);
+  std::string result = Json::parse(valid).get<std::string>();
+  for (char& byte : result) {
+    const auto value = static_cast<unsigned char>(byte);
+    if ((value < ' ' && byte != '\n' && byte != '\t') || value == 0x7f) byte = '?';
+  }
+  return result;
+}
+
 class Trainer {
  public:
   Trainer(RunConfig config, RunDirectory& run, const TrainOptions& options);
@@ -301,15 +313,15 @@ void Trainer::print_sample() const {
   options.sampling.temperature = config_.eval.sample_temperature;
   options.sampling.seed = static_cast<uint64_t>(config_.train.seed);
   options.sampling.vocabulary = std::min<int64_t>(256, config_.model.vocab_size);
-  const std::string& prompt = config_.eval.sample_prompt;
-  std::vector<int64_t> tokens;
-  for (const char byte : prompt) tokens.push_back(static_cast<unsigned char>(byte));
-  std::string text;
-  for (const int64_t token : infer::generate(decoder_, tokens, options).tokens) {
-    const bool printable = token == '\n' || token == '\t' || token >= ' ';
-    text += printable ? static_cast<char>(token) : '?';
+  std::vector<int64_t> prompt;
+  for (const char byte : config_.eval.sample_prompt) {
+    prompt.push_back(static_cast<unsigned char>(byte));
   }
-  log_info("step ", step_, "  sample: ", prompt, text);
+  std::string text = config_.eval.sample_prompt;
+  for (const int64_t token : infer::generate(decoder_, prompt, options).tokens) {
+    text += static_cast<char>(token);
+  }
+  log_info("step ", step_, "  sample: ", printable(text));
 }
 
 void Trainer::save_checkpoint() {

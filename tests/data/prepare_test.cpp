@@ -117,7 +117,8 @@ TEST(Inspect, TextAndMegatron) {
   EXPECT_EQ(text.shortest, 4);
   EXPECT_EQ(nlohmann::json::parse(to_json(text))["counts"],
             (nlohmann::json{{"10", 1}, {"97", 2}, {"98", 1}}));
-  prepare({.input = folder.write("b.jsonl", kJsonl), .output = folder / "b.bin", .dtype = "uint16"});
+  prepare(
+      {.input = folder.write("b.jsonl", kJsonl), .output = folder / "b.bin", .dtype = "uint16"});
   const Inspection pair = inspect(folder / "b.idx");
   EXPECT_EQ(pair.format, "megatron");
   EXPECT_EQ(pair.dtype, "uint16");

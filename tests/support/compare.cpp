@@ -1,7 +1,7 @@
 #include "tests/support/compare.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
@@ -57,7 +57,8 @@ double gradient_error(const std::function<at::Tensor(const std::vector<at::Tenso
                       std::vector<at::Tensor> inputs, uint64_t seed) {
   for (auto& input : inputs) input = input.detach().clone().requires_grad_(true);
   const at::Tensor output = f(inputs);
-  const at::Tensor weight = randn(output.sizes(), seed + 1000, output.options().requires_grad(false));
+  const at::Tensor weight =
+      randn(output.sizes(), seed + 1000, output.options().requires_grad(false));
   const auto gradients = torch::autograd::grad({(output * weight).sum()}, inputs, {}, std::nullopt,
                                                false, /*allow_unused=*/true);
   double worst = 0.0;
@@ -79,8 +80,7 @@ double gradient_error(const std::function<at::Tensor(const std::vector<at::Tenso
       const double down = (f(inputs).detach() * weight).sum().item<double>();
       p[k] = x;
       const double numeric = (up - down) / (2 * kStep);
-      const double exact =
-          gradients[i].defined() ? gradients[i].flatten()[k].item<double>() : 0.0;
+      const double exact = gradients[i].defined() ? gradients[i].flatten()[k].item<double>() : 0.0;
       worst = std::max(worst, std::abs(numeric - exact) / std::max(scale, std::abs(numeric)));
     }
   }
@@ -91,8 +91,6 @@ PoisonMemory::PoisonMemory() {
   at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/true);
   at::globalContext().setDeterministicFillUninitializedMemory(true);
 }
-PoisonMemory::~PoisonMemory() {
-  at::globalContext().setDeterministicAlgorithms(false, false);
-}
+PoisonMemory::~PoisonMemory() { at::globalContext().setDeterministicAlgorithms(false, false); }
 
 }  // namespace sarissa::test

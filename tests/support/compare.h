@@ -45,6 +45,6 @@ class PoisonMemory {
 }  // namespace sarissa::test
 
 /// Skips a *Cuda* test on a machine without a GPU, saying why.
-#define SKIP_WITHOUT_CUDA()                                                       \
-  if (!::sarissa::ops::cuda_available())                                          \
+#define SKIP_WITHOUT_CUDA()              \
+  if (!::sarissa::ops::cuda_available()) \
   GTEST_SKIP() << "without a CUDA device: " << ::sarissa::ops::cuda_unavailable_reason()

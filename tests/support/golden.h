@@ -38,8 +38,8 @@ class GoldenCase {
   checkpoint::SafetensorsFile file_;
 };
 
-/// The root of the source tree: where it was built, or SARISSA_SOURCE_DIR of the environment when the
-/// tests run elsewhere.
+/// The root of the source tree: where it was built, or SARISSA_SOURCE_DIR of the environment when
+/// the tests run elsewhere.
 std::string source_folder();
 
 /// The folder of golden vectors in use.
@@ -54,7 +54,7 @@ double golden_error(const at::Tensor& got, const at::Tensor& want);
 }  // namespace sarissa::test
 
 /// Checks a result against the golden tensor `tensor` with the stored tolerance of `dtype`.
-#define EXPECT_GOLDEN(golden, tensor, got, dtype)                          \
-  EXPECT_LE(::sarissa::test::golden_error((got), (golden)[tensor]),        \
-            (golden).tolerance(tensor, dtype))                             \
+#define EXPECT_GOLDEN(golden, tensor, got, dtype)                   \
+  EXPECT_LE(::sarissa::test::golden_error((got), (golden)[tensor]), \
+            (golden).tolerance(tensor, dtype))                      \
       << (golden).name() << ": " << (tensor) << " in " << c10::toString(dtype)
