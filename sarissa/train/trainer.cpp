@@ -5,11 +5,11 @@
 #include <ATen/ops/stack.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <thread>
 #include <utility>
 
 #include "sarissa/base/error.h"
