@@ -92,7 +92,12 @@ using Preset = std::pair<const char*, std::function<ModelConfig()>>;
 
 const std::vector<Preset>& presets() {
   static const std::vector<Preset> all = {
-      {"quickstart", [] { return small("SE MR LI ATT", 1); }},
+      {"quickstart",
+       [] {
+         ModelConfig config = small("SE MR LI ATT", 1);
+         config.dim = 96;  // a run of two minutes on two cores
+         return config;
+       }},
       {"sh2-7layer", [] { return small(stripe(7), 1); }},
       {"sh2-1m", [] { return small("SE MR LI ATT", 1); }},
       {"phalanx-1m", [] { return small("PHX ATT", 2); }},
