@@ -23,21 +23,22 @@ void set_log_rank(int rank, int ranks);
 /// Writes one line: "message", "warning: message", "error: message" or "debug: message".
 void log(LogLevel level, std::string_view message);
 
+// ::sarissa::str, since an argument of one of torch's types would bring c10::str into the choice.
 template <class... Args>
 void log_error(const Args&... args) {
-  log(LogLevel::kError, str(args...));
+  log(LogLevel::kError, ::sarissa::str(args...));
 }
 template <class... Args>
 void log_warning(const Args&... args) {
-  log(LogLevel::kWarning, str(args...));
+  log(LogLevel::kWarning, ::sarissa::str(args...));
 }
 template <class... Args>
 void log_info(const Args&... args) {
-  if (log_level() >= LogLevel::kInfo) log(LogLevel::kInfo, str(args...));
+  if (log_level() >= LogLevel::kInfo) log(LogLevel::kInfo, ::sarissa::str(args...));
 }
 template <class... Args>
 void log_debug(const Args&... args) {
-  if (log_level() >= LogLevel::kDebug) log(LogLevel::kDebug, str(args...));
+  if (log_level() >= LogLevel::kDebug) log(LogLevel::kDebug, ::sarissa::str(args...));
 }
 
 /// Whether stderr is a terminal, on which a line can be redrawn.

@@ -4,12 +4,11 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_flash_attention_forward.h>
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -25,6 +24,7 @@ using at::Tensor;
 
 constexpr int64_t kMaskElements = 1 << 22;  // of the masks of full attention
 constexpr int64_t kLeastChunk = 64;         // queries; shorter chunks leave the kernels idle
+constexpr int64_t kLeastCpuChunk = 32;      // the same for windows on a CPU
 
 /// x, or a copy whose rows start at multiples of 16 bytes, as torch's GPU kernels read them.
 Tensor with_aligned_rows(const Tensor& x) {
@@ -68,12 +68,13 @@ Tensor sdpa(const Tensor& q_BLHP, const Tensor& k_BSHP, const Tensor& v_BSHP,
 /// columns before it, where row i is column i + shift.
 Tensor band_mask(int64_t rows, int64_t columns, int64_t shift, int64_t window,
                  const at::TensorOptions& options) {
-  const auto index = options.dtype(at::kLong);
-  const Tensor distance =
-      (at::arange(rows, index) + shift).unsqueeze(1) - at::arange(columns, index);
-  return at::zeros({rows, columns}, options)
-      .masked_fill_((distance < 0).logical_or_(distance >= window),
-                    -std::numeric_limits<double>::infinity());
+  // All rows are pieces of one line, each a step further left than the one above.
+  const Tensor line =
+      at::full({rows + columns - 1}, -std::numeric_limits<double>::infinity(), options);
+  const int64_t last = rows + shift;  // one past the place of a row's own column in row 0
+  const int64_t begin = std::max<int64_t>(last - window, 0);
+  line.narrow(0, begin, std::min(last, line.size(0)) - begin).zero_();
+  return line.unfold(0, columns, 1).flip(0);
 }
 
 /// Full attention with S > L: chunks of queries, each against all keys up to its last.
@@ -94,45 +95,64 @@ Tensor full_after_prefix(const Tensor& q, const Tensor& k, const Tensor& v) {
   return parts.size() == 1 ? parts[0] : at::cat(parts, 1);
 }
 
-/// x [B, n C, H, P] as [B n, C, H, P].
-Tensor fold_chunks(const Tensor& x, int64_t chunk) {
-  return x.reshape({x.size(0) * (x.size(1) / chunk), chunk, x.size(2), x.size(3)});
+/// Full attention: the window is all of the past.
+Tensor full_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  if (q.size(1) == k.size(1)) return sdpa(q, k, v, std::nullopt, /*causal=*/true);
+  return full_after_prefix(q, k, v);
 }
 
-/// Windowed attention of queries in chunks of C >= window - 1: chunk i needs the keys of the chunks
-/// i - 1 and i alone. The first chunk goes with what precedes the queries, the others together as
-/// one batch; memory O(L C).
+/// Windowed attention of queries that all see `window` keys: q [B, L, H, P], k and v
+/// [B, window - 1 + L, Hkv, P]. Chunks of C queries go as one batch, each with the window - 1 + C
+/// keys that it sees: overlapping views of the same keys.
+Tensor full_windows(const Tensor& q, const Tensor& k, const Tensor& v, int64_t window) {
+  // A query meets C - 1 keys too many, and the backward keeps gradients of all keys of all chunks:
+  // C = window / 8 wastes an eighth and keeps 9 times the keys' gradients. GPU kernels want larger
+  // pieces, and sdpa repeats the keys of grouped heads for them.
+  const int64_t chunk =
+      q.is_cuda() ? std::max(window, kLeastChunk) : std::max(window / 8, kLeastCpuChunk);
+  const int64_t batch = q.size(0), length = q.size(1), chunks = (length + chunk - 1) / chunk;
+  const int64_t seen = window - 1 + chunk;
+  // Heads before steps and the batch folded into the heads, [B H, steps, P]. Steps are added at the
+  // end to fill the last chunk: no query that is kept sees them.
+  const auto by_head = [&](const Tensor& x, int64_t steps) {
+    Tensor heads = x.transpose(1, 2);
+    const int64_t added = steps - x.size(1);
+    if (added > 0) heads = at::constant_pad_nd(heads, {0, 0, 0, added});
+    if (heads.is_cuda()) heads = heads.contiguous();  // aligned, lest sdpa copies every chunk
+    return heads.reshape({batch * x.size(2), steps, x.size(3)});
+  };
+  // [chunks, steps of a chunk, B H, P] views.
+  const auto cut = [&](const Tensor& x, int64_t steps) {
+    return by_head(x, steps + (chunks - 1) * chunk).unfold(1, steps, chunk).permute({1, 3, 0, 2});
+  };
+  const Tensor mask = band_mask(chunk, seen, window - 1, window, q.options().requires_grad(false));
+  return sdpa(cut(q, chunk), cut(k, seen), cut(v, seen), mask, /*causal=*/false)
+      .permute({2, 0, 1, 3})
+      .reshape({batch, q.size(2), chunks * chunk, q.size(3)})
+      .narrow(2, 0, length)
+      .transpose(1, 2);
+}
+
+/// Windowed attention in chunks; memory O(L (window + C)).
 Tensor windowed_in_chunks(const Tensor& q, const Tensor& k_all, const Tensor& v_all,
                           int64_t window) {
   const int64_t length = q.size(1);
   const int64_t before = std::min(k_all.size(1) - length, window - 1);
   const Tensor k = k_all.narrow(1, k_all.size(1) - length - before, length + before);
   const Tensor v = v_all.narrow(1, v_all.size(1) - length - before, length + before);
-  const at::TensorOptions mask_options = q.options().requires_grad(false);
-  const int64_t chunk = std::max(window, kLeastChunk);
-  const int64_t first = std::min(chunk, length);
-  const Tensor first_mask = band_mask(first, before + first, before, window, mask_options);
-  const Tensor out_first = sdpa(q.narrow(1, 0, first), k.narrow(1, 0, before + first),
-                                v.narrow(1, 0, before + first), first_mask, /*causal=*/false);
-  if (length == first) return out_first;
-
-  const int64_t rest = length - chunk;
-  const int64_t padding = (chunk - rest % chunk) % chunk;  // later steps: no query sees them
-  const auto pad = [&](const Tensor& x) {
-    return padding == 0 ? x : at::constant_pad_nd(x, {0, 0, 0, 0, 0, padding});
+  // The first queries see all there is, up to a window.
+  const int64_t first = before == window - 1 ? 0 : std::min(window - before, length);
+  if (first == 0) return full_windows(q, k, v, window);
+  const auto steps = [](const Tensor& x, int64_t begin, int64_t end) {
+    return x.narrow(1, begin, end - begin);
   };
-  const auto with_previous = [&](const Tensor& x) {
-    const Tensor own = pad(x.narrow(1, before, length));
-    const int64_t n = own.size(1) - chunk;
-    return at::cat(
-        {fold_chunks(own.narrow(1, 0, n), chunk), fold_chunks(own.narrow(1, chunk, n), chunk)}, 1);
-  };
-  const Tensor out_rest =
-      sdpa(fold_chunks(pad(q.narrow(1, chunk, rest)), chunk), with_previous(k), with_previous(v),
-           band_mask(chunk, 2 * chunk, chunk, window, mask_options), /*causal=*/false)
-          .reshape({q.size(0), rest + padding, q.size(2), q.size(3)})
-          .narrow(1, 0, rest);
-  return at::cat({out_first, out_rest}, 1);
+  const int64_t seen = before + first, keys = before + length;
+  const Tensor out_first = full_attention(steps(q, 0, first), steps(k, 0, seen), steps(v, 0, seen));
+  if (first == length) return out_first;
+  const int64_t begin = seen + 1 - window;  // what the next query sees
+  return at::cat({out_first, full_windows(steps(q, first, length), steps(k, begin, keys),
+                                          steps(v, begin, keys), window)},
+                 1);
 }
 
 /// Whether the flash kernel takes these: bfloat16 heads of at most 256, a multiple of 8.
@@ -174,18 +194,16 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, int64_t win
 Tensor attention(const Tensor& q_BLHP, const Tensor& k_BSHP, const Tensor& v_BSHP, int64_t window) {
   check_inputs(q_BLHP, k_BSHP, v_BSHP, window);
   const int64_t length = q_BLHP.size(1), keys = k_BSHP.size(1);
-  if (q_BLHP.numel() == 0) return q_BLHP.clone();
+  if (q_BLHP.sym_numel() == 0) return q_BLHP.clone();
   if (window >= keys) window = 0;  // sees everything
   if (length == 1) {               // one query: what it sees needs no mask
     const int64_t seen = window == 0 ? keys : window;
     return sdpa(q_BLHP, k_BSHP.narrow(1, keys - seen, seen), v_BSHP.narrow(1, keys - seen, seen),
                 std::nullopt, /*causal=*/false);
   }
-  if (window == 0 && length == keys) {
-    return sdpa(q_BLHP, k_BSHP, v_BSHP, std::nullopt, /*causal=*/true);
-  }
-  if (flash_fits(q_BLHP)) return flash(q_BLHP, k_BSHP, v_BSHP, window);
-  return window == 0 ? full_after_prefix(q_BLHP, k_BSHP, v_BSHP)
+  const bool square = window == 0 && length == keys;  // what every kernel knows
+  if (flash_fits(q_BLHP) && !square) return flash(q_BLHP, k_BSHP, v_BSHP, window);
+  return window == 0 ? full_attention(q_BLHP, k_BSHP, v_BSHP)
                      : windowed_in_chunks(q_BLHP, k_BSHP, v_BSHP, window);
 }
 

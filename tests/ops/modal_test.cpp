@@ -258,7 +258,12 @@ TEST(Modal, GoldenFilterAtVeryLongTimes) {
 
 /// Poles from 0 to 1 - 1e-8: twice the error of the plain single-precision recurrence is allowed.
 TEST(Modal, PolesNearOneAreAsGoodAsThePlainRecurrence) {
-  const int64_t length = 1500, repeats = 16;  // channels per pole: errors are random
+  const int64_t length = 1500;
+  // Channels per pole. Where the rounded pole happens to be good (-3e-7: 1 - lambda is right to 1%)
+  // both recurrences are left with the same random roundings of the state, and the bound below must
+  // tell 2 from the scatter of a ratio of two rms errors. Over 8 seeds that ratio of the gradient
+  // of the pole went up to 2.3 with 16 channels, to 1.5 with 64.
+  const int64_t repeats = 64;
   const double log_poles[] = {-INFINITY, -50.0, -5.0,  -1.0,  -1e-1, -1e-2, -1e-3, -1e-4,
                               -1e-5,     -1e-6, -3e-7, -1e-7, -3e-8, -1e-8, 0.0};
   const int64_t count = std::size(log_poles), width = count * repeats;
@@ -278,9 +283,8 @@ TEST(Modal, PolesNearOneAreAsGoodAsThePlainRecurrence) {
         };
         return relative_rms(part(all[i]), part(want[i]));
       };
-      // The floor is the scatter between two equally good orders of rounding.
-      const double floor = log_poles[pole] <= -1e-2 ? 3e-7 : 3e-6;
-      EXPECT_LE(error(got), std::max(floor, 2 * error(same)))
+      // 1e-7: a result that is exact, or right to the last place, in the plain recurrence.
+      EXPECT_LE(error(got), std::max(1e-7, 2 * error(same)))
           << kNames[i] << " for log pole " << log_poles[pole];
       // du has full mantissas everywhere, so that roundings average out: what would be left is a
       // rounded pole, as in the plain recurrence (1e-5).

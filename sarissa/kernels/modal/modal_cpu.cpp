@@ -25,10 +25,17 @@ using Row = C[kLanes<C>];
 
 /// lambda = exp(log_pole) as an unevaluated sum high + low of two C. In single precision high alone
 /// would carry the rounding of lambda, 2^-25, into every step: for lambda = 1 - 1e-7 that is a
-/// third of 1 - lambda, a time constant wrong by a third. In double `low` is zero and is not used.
+/// third of 1 - lambda, a time constant wrong by a third. From 1/2 on high is 1: its product with s
+/// is exact, so that the step is as good without a fused multiply-add as with one. Below 1/2 it is
+/// lambda rounded, for s + (lambda - 1) s would cancel. In double `low` is zero and is not used.
 template <class C>
 SARISSA_INLINE void pole(C log_pole, C& high, C& low) {
   const double lambda = std::exp(static_cast<double>(log_pole));
+  if (sizeof(C) < sizeof(double) && lambda >= 0.5) {
+    high = C{1};
+    low = static_cast<C>(std::expm1(static_cast<double>(log_pole)));
+    return;
+  }
   high = static_cast<C>(lambda);
   low = static_cast<C>(lambda - static_cast<double>(high));
 }
@@ -428,7 +435,9 @@ SARISSA_INLINE void bwd_item(const ModalBwdParams& params, int64_t item) {
   tile.store_state(g, params.dstate);
   for (int64_t n = 0; n < in.modes; ++n) {
     const int64_t at = (tile.b * in.modes + n) * in.width + tile.channel;
-    for (int w = 0; w < kW; ++w) dlambda[n][w] *= tile.high[n][w];  // dlog_pole = lambda dlambda
+    for (int w = 0; w < kW; ++w) {
+      dlambda[n][w] *= tile.high[n][w] + tile.low[n][w];  // dlog_pole = lambda dlambda
+    }
     store_row<C>(dlambda[n], lanes, static_cast<C*>(params.dlog_poles_BND) + at);
     store_row<C>(dresidue[n], lanes, static_cast<C*>(params.dresidues_BND) + at);
   }

@@ -95,7 +95,7 @@ class HyenaMR final : public Hyena {
  public:
   // Taps start at N(0, 1e-10 / mr_decay_length), as in the paper's code: the layer is silent at
   // first (a forward pass adds next to nothing to the residual stream) but its taps get gradients
-  // of ordinary size, and with Adam they reach working size within tens of steps.
+  // of ordinary size.
   HyenaMR(const ModelConfig& config, int64_t block, ParameterMaker& maker)
       : Hyena(config, block, maker),
         taps_(maker.vector("taps", {config.resolved_mr_groups(), config.mr_taps},
