@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
 
+#include <atomic>
 #include <filesystem>
 
 #include "sarissa/base/error.h"
@@ -112,8 +113,16 @@ kernels::DType kernel_dtype(const at::Tensor& tensor, const char* op, const char
   }
 }
 
+namespace {
+// Static strings, so a plain pointer will do; atomic since autograd runs on threads of its own.
+std::atomic<const char*> last_kernel_name{""};
+}  // namespace
+
 void check(kernels::Status status, const char* op) {
   TORCH_CHECK(status.ok(), "sarissa::", op, ": ", status.error);
+  if (status.kernel != nullptr) last_kernel_name = status.kernel;
 }
+
+std::string last_kernel() { return last_kernel_name.load(); }
 
 }  // namespace sarissa::ops

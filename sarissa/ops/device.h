@@ -36,7 +36,11 @@ at::Device parse_device(const std::string& text);
 /// operator and the argument.
 kernels::DType kernel_dtype(const at::Tensor& tensor, const char* op, const char* argument);
 
-/// Throws "sarissa::op: ..." when the status is not ok.
+/// Throws "sarissa::op: ..." when the status is not ok; remembers the kernel that it names.
 void check(kernels::Status status, const char* op);
+
+/// The variant of the last kernel of the process that named one, e.g. "march_v4"; empty before
+/// that. For sarissa bench, which runs one operator at a time.
+std::string last_kernel();
 
 }  // namespace sarissa::ops

@@ -71,16 +71,17 @@ TORCH_LIBRARY(sarissa, m) {
       " Tensor? inner_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Sliding window recurrence with the gates of a Phalanx layer: abcv [B, L, C] packs the
-  // projections [a: H | b: Hkv*P | c: Hkv*P | v: H*P]; window 0 is the full recurrence. Returns y
-  // and the state.
+  // projections [a: H | b: Hkv*P | c: Hkv*P | v: H*P]; window 0 is the full recurrence. Returns y,
+  // the state, and what a GPU's backward wants saved (may be empty; only good as phalanx_bwd's
+  // `saved`, which may be None: then it computes it again, more slowly).
   m.def(
       "phalanx(Tensor abcv, int heads, int kv_heads, int window, float decay_max=1.0,"
       " Tensor? w=None, Tensor? r=None, Tensor? v=None, Tensor? index=None)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "phalanx_bwd(Tensor abcv, int heads, int kv_heads, int window, float decay_max, Tensor? w,"
-      " Tensor? r, Tensor? v, Tensor? index, Tensor dy, Tensor? dw, Tensor? dr, Tensor? dv)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor? r, Tensor? v, Tensor? index, Tensor? saved, Tensor dy, Tensor? dw, Tensor? dr,"
+      " Tensor? dv) -> (Tensor, Tensor, Tensor, Tensor)");
   // Sliding window recurrence x_t = a_t x_(t-1) + u_t of a [B, L, H], u [B, L, H, P]. Returns x and
   // the state w, r, v, index.
   m.def(

@@ -24,17 +24,20 @@ using SwrBwdSignature = Outputs(const at::Tensor& a, const at::Tensor& u, int64_
                                 const OptionalTensor& v, const OptionalTensor& index,
                                 const at::Tensor& dx, const OptionalTensor& dw,
                                 const OptionalTensor& dr, const OptionalTensor& dv);
-using PhalanxSignature = Outputs(const at::Tensor& abcv, int64_t heads, int64_t kv_heads,
-                                 int64_t window, double decay_max, const OptionalTensor& w,
-                                 const OptionalTensor& r, const OptionalTensor& v,
-                                 const OptionalTensor& index);
+using PhalanxOutputs =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using PhalanxSignature = PhalanxOutputs(const at::Tensor& abcv, int64_t heads, int64_t kv_heads,
+                                        int64_t window, double decay_max, const OptionalTensor& w,
+                                        const OptionalTensor& r, const OptionalTensor& v,
+                                        const OptionalTensor& index);
 using PhalanxBwdOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using PhalanxBwdSignature = PhalanxBwdOutputs(const at::Tensor& abcv, int64_t heads,
                                               int64_t kv_heads, int64_t window, double decay_max,
                                               const OptionalTensor& w, const OptionalTensor& r,
                                               const OptionalTensor& v, const OptionalTensor& index,
-                                              const at::Tensor& dy, const OptionalTensor& dw,
-                                              const OptionalTensor& dr, const OptionalTensor& dv);
+                                              const OptionalTensor& saved, const at::Tensor& dy,
+                                              const OptionalTensor& dw, const OptionalTensor& dr,
+                                              const OptionalTensor& dv);
 
 at::Tensor channels_contiguous(const at::Tensor& x) {
   return x.dim() > 0 && x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
@@ -113,9 +116,14 @@ void check_window(const char* op, int64_t window) {
               ": window is ", window, "; expected 1 .. 2^31 - 1, or 0 for the full recurrence");
 }
 
-void run_fwd(const char* op, const kernels::SwrFwdParams& params, const at::Tensor& like,
+void run_fwd(const char* op, kernels::SwrFwdParams& params, const at::Tensor& like,
              kernels::DType dtype) {
   const kernels::SwrInputs& in = params.in;
+  const at::Tensor workspace =
+      at::empty({kernels::swr_fwd_workspace(in.batch, in.length, in.heads, in.width, in.window,
+                                            in.gated, !like.is_cpu())},
+                like.options().dtype(accumulation_type(like)));
+  params.workspace = workspace.mutable_data_ptr();
   launch(
       like, op, in.batch * in.heads, (in.length + 1) * in.width,
       [&](int64_t begin, int64_t end) { return kernels::swr_fwd_cpu(params, dtype, begin, end); },
@@ -158,6 +166,7 @@ struct SwrProblem {
         dtype(kernel_dtype(u, op, "u")),
         state(op, w, r, v, index, u, u.size(0), u.size(2), u.size(3), window) {
     check_window(op, window);
+    if (u.is_meta()) return;  // a traced tensor has symbolic sizes and no address to ask for
     in = {.batch = u.size(0),
           .length = u.size(1),
           .heads = u.size(2),
@@ -195,12 +204,13 @@ Outputs swr_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
   const SwrProblem problem("swr", a, u, window, w, r, v, index);
   const at::Tensor x = at::empty(u.sizes(), u.options());
   const StateOutputs out(u, u.size(0), u.size(2), u.size(3));
-  const kernels::SwrFwdParams params{.in = problem.in,
-                                     .x = x.mutable_data_ptr(),
-                                     .w = out.w.mutable_data_ptr(),
-                                     .r = out.r.mutable_data_ptr(),
-                                     .v = out.v.mutable_data_ptr(),
-                                     .index = static_cast<int32_t*>(out.index.mutable_data_ptr())};
+  if (u.is_meta()) return {x, out.w, out.r, out.v, out.index};
+  kernels::SwrFwdParams params{.in = problem.in,
+                               .x = x.mutable_data_ptr(),
+                               .w = out.w.mutable_data_ptr(),
+                               .r = out.r.mutable_data_ptr(),
+                               .v = out.v.mutable_data_ptr(),
+                               .index = static_cast<int32_t*>(out.index.mutable_data_ptr())};
   run_fwd("swr", params, u, problem.dtype);
   return {x, out.w, out.r, out.v, out.index};
 }
@@ -219,6 +229,7 @@ Outputs swr_bwd_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
   const at::Tensor da = at::empty(a.sizes(), a.options());
   const at::Tensor du = at::empty(u.sizes(), u.options());
   const StateOutputs out(u, u.size(0), u.size(2), u.size(3));
+  if (u.is_meta()) return {da, du, out.w, out.r, out.v};
   kernels::SwrBwdParams params{.in = problem.in,
                                .dx = grad.const_data_ptr(),
                                .dx_batch = grad.stride(0),
@@ -262,6 +273,7 @@ struct PhalanxProblem {
     check_window(op, window);
     TORCH_CHECK(decay_max > 0.0 && decay_max <= 1.0, "sarissa::", op, ": decay_max is ", decay_max,
                 "; expected 0 < decay_max <= 1");
+    if (abcv.is_meta()) return;
     b_offset = heads;
     c_offset = b_offset + kv_heads * width;
     v_offset = c_offset + kv_heads * width;
@@ -306,29 +318,48 @@ struct PhalanxProblem {
   }
 };
 
-Outputs phalanx_kernel(const at::Tensor& abcv, int64_t heads, int64_t kv_heads, int64_t window,
-                       double decay_max, const OptionalTensor& w, const OptionalTensor& r,
-                       const OptionalTensor& v, const OptionalTensor& index) {
+// Where the parts of `saved` lie; nulls for an empty one.
+kernels::SwrSaved saved_parts(const at::Tensor& saved, const kernels::SwrSavedSizes& sizes) {
+  if (saved.numel() == 0) return {};
+  char* const base = static_cast<char*>(saved.mutable_data_ptr());
+  return {.states = base,
+          .products = base + sizes.states * saved.element_size(),
+          .chunks = sizes.chunks};
+}
+
+PhalanxOutputs phalanx_kernel(const at::Tensor& abcv, int64_t heads, int64_t kv_heads,
+                              int64_t window, double decay_max, const OptionalTensor& w,
+                              const OptionalTensor& r, const OptionalTensor& v,
+                              const OptionalTensor& index) {
   const PhalanxProblem problem("phalanx", abcv, heads, kv_heads, window, decay_max, w, r, v, index);
   const at::Tensor y =
       at::empty({abcv.size(0), abcv.size(1), heads * problem.width}, abcv.options());
   const StateOutputs out(abcv, abcv.size(0), heads, problem.width);
-  const kernels::SwrFwdParams params{.in = problem.in,
-                                     .x = y.mutable_data_ptr(),
-                                     .w = out.w.mutable_data_ptr(),
-                                     .r = out.r.mutable_data_ptr(),
-                                     .v = out.v.mutable_data_ptr(),
-                                     .index = static_cast<int32_t*>(out.index.mutable_data_ptr())};
+  // The size depends on the shape alone, so that a traced call sees the size of the real one. Only
+  // a GPU fills it.
+  const kernels::SwrSavedSizes sizes = kernels::swr_saved_sizes(
+      abcv.size(0), abcv.size(1), heads, problem.width, window, problem.dtype);
+  const at::TensorOptions saved_options = abcv.options().dtype(accumulation_type(abcv));
+  const at::Tensor saved = abcv.is_cpu() ? at::zeros({sizes.total()}, saved_options)
+                                         : at::empty({sizes.total()}, saved_options);
+  if (abcv.is_meta()) return {y, out.w, out.r, out.v, out.index, saved};
+  kernels::SwrFwdParams params{.in = problem.in,
+                               .x = y.mutable_data_ptr(),
+                               .w = out.w.mutable_data_ptr(),
+                               .r = out.r.mutable_data_ptr(),
+                               .v = out.v.mutable_data_ptr(),
+                               .index = static_cast<int32_t*>(out.index.mutable_data_ptr()),
+                               .saved = saved_parts(saved, sizes)};
   run_fwd("phalanx", params, abcv, problem.dtype);
-  return {y, out.w, out.r, out.v, out.index};
+  return {y, out.w, out.r, out.v, out.index, saved};
 }
 
 PhalanxBwdOutputs phalanx_bwd_kernel(const at::Tensor& abcv, int64_t heads, int64_t kv_heads,
                                      int64_t window, double decay_max, const OptionalTensor& w,
                                      const OptionalTensor& r, const OptionalTensor& v,
-                                     const OptionalTensor& index, const at::Tensor& dy,
-                                     const OptionalTensor& dw, const OptionalTensor& dr,
-                                     const OptionalTensor& dv) {
+                                     const OptionalTensor& index, const OptionalTensor& saved,
+                                     const at::Tensor& dy, const OptionalTensor& dw,
+                                     const OptionalTensor& dr, const OptionalTensor& dv) {
   const PhalanxProblem problem("phalanx_bwd", abcv, heads, kv_heads, window, decay_max, w, r, v,
                                index);
   const std::array<int64_t, 3> y_sizes{abcv.size(0), abcv.size(1), heads * problem.width};
@@ -336,31 +367,46 @@ PhalanxBwdOutputs phalanx_bwd_kernel(const at::Tensor& abcv, int64_t heads, int6
               "sarissa::phalanx_bwd: dy is ", dy.scalar_type(), dy.sizes(), "; expected ",
               abcv.scalar_type(), at::IntArrayRef(y_sizes));
   const at::Tensor grad = channels_contiguous(dy);
+  const kernels::SwrSavedSizes sizes = kernels::swr_saved_sizes(
+      abcv.size(0), abcv.size(1), heads, problem.width, window, problem.dtype);
+  at::Tensor kept;  // what phalanx saved, if it was given
+  if (saved.has_value() && saved->defined()) {
+    TORCH_CHECK(saved->dim() == 1 && saved->size(0) == sizes.total() &&
+                    saved->scalar_type() == accumulation_type(abcv) &&
+                    saved->device() == abcv.device(),
+                "sarissa::phalanx_bwd: saved is ", saved->scalar_type(), saved->sizes(), " on ",
+                saved->device(), "; expected what phalanx returned for these arguments, ",
+                accumulation_type(abcv), " [", sizes.total(), "] on ", abcv.device());
+    kept = saved->contiguous();
+  }
   const OptionalTensor dw_out = state_gradient(dw, abcv), dr_out = state_gradient(dr, abcv),
                        dv_out = state_gradient(dv, abcv);
   const at::Tensor dabcv = at::empty(abcv.sizes(), abcv.options());
   const StateOutputs out(abcv, abcv.size(0), heads, problem.width);
+  if (abcv.is_meta()) return {dabcv, out.w, out.r, out.v};
   char* const base = static_cast<char*>(dabcv.mutable_data_ptr());
   const int64_t size = dabcv.element_size();
-  kernels::SwrBwdParams params{.in = problem.in,
-                               .dx = grad.const_data_ptr(),
-                               .dx_batch = grad.stride(0),
-                               .dx_step = grad.stride(1),
-                               .dx_head = problem.width,
-                               .dw_out = data_or_null(dw_out),
-                               .dr_out = data_or_null(dr_out),
-                               .dv_out = data_or_null(dv_out),
-                               .da = base,
-                               .da_step = abcv.size(2),
-                               .du = base + problem.v_offset * size,
-                               .du_step = abcv.size(2),
-                               .db = base + problem.b_offset * size,
-                               .dc = base + problem.c_offset * size,
-                               .dgate_step = abcv.size(2),
-                               .dw = out.w.mutable_data_ptr(),
-                               .dr = out.r.mutable_data_ptr(),
-                               .dv = out.v.mutable_data_ptr(),
-                               .workspace = nullptr};
+  kernels::SwrBwdParams params{
+      .in = problem.in,
+      .dx = grad.const_data_ptr(),
+      .dx_batch = grad.stride(0),
+      .dx_step = grad.stride(1),
+      .dx_head = problem.width,
+      .dw_out = data_or_null(dw_out),
+      .dr_out = data_or_null(dr_out),
+      .dv_out = data_or_null(dv_out),
+      .da = base,
+      .da_step = abcv.size(2),
+      .du = base + problem.v_offset * size,
+      .du_step = abcv.size(2),
+      .db = base + problem.b_offset * size,
+      .dc = base + problem.c_offset * size,
+      .dgate_step = abcv.size(2),
+      .dw = out.w.mutable_data_ptr(),
+      .dr = out.r.mutable_data_ptr(),
+      .dv = out.v.mutable_data_ptr(),
+      .workspace = nullptr,
+      .saved = kept.defined() ? saved_parts(kept, sizes) : kernels::SwrSaved{}};
   run_bwd("phalanx_bwd", params, abcv, problem.dtype);
   return {dabcv, out.w, out.r, out.v};
 }
@@ -433,13 +479,16 @@ struct PhalanxFunction : torch::autograd::Function<PhalanxFunction> {
                                const OptionalTensor& w, const OptionalTensor& r,
                                const OptionalTensor& v, const OptionalTensor& index) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({abcv, to_save(w), to_save(r), to_save(v), to_save(index)});
     ctx->saved_data["heads"] = heads;
     ctx->saved_data["kv_heads"] = kv_heads;
     ctx->saved_data["window"] = window;
     ctx->saved_data["decay_max"] = decay_max;
-    return as_list(ctx, handle<PhalanxSignature>().call(abcv, heads, kv_heads, window, decay_max, w,
-                                                        r, v, index));
+    const auto [y, w_out, r_out, v_out, index_out, kept] =
+        handle<PhalanxSignature>().call(abcv, heads, kv_heads, window, decay_max, w, r, v, index);
+    ctx->save_for_backward({abcv, to_save(w), to_save(r), to_save(v), to_save(index), kept});
+    ctx->mark_non_differentiable({index_out, kept});
+    ctx->set_materialize_grads(false);
+    return {y, w_out, r_out, v_out, index_out, kept};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -451,7 +500,7 @@ struct PhalanxFunction : torch::autograd::Function<PhalanxFunction> {
     const auto [dabcv, dw, dr, dv] = handle<PhalanxBwdSignature>().call(
         abcv, heads, kv_heads, ctx->saved_data["window"].toInt(),
         ctx->saved_data["decay_max"].toDouble(), saved(in[1]), saved(in[2]), saved(in[3]),
-        saved(in[4]),
+        saved(in[4]), saved(in[5]),
         grad_or_zeros(grads[0], {abcv.size(0), abcv.size(1), heads * width}, abcv.options()),
         saved(grads[1]), saved(grads[2]), saved(grads[3]));
     const bool state = in[1].defined();
@@ -471,11 +520,13 @@ Outputs swr_autograd(const at::Tensor& a, const at::Tensor& u, int64_t window,
   return as_outputs(SwrFunction::apply(a, u, window, w, r, v, index));
 }
 
-Outputs phalanx_autograd(const at::Tensor& abcv, int64_t heads, int64_t kv_heads, int64_t window,
-                         double decay_max, const OptionalTensor& w, const OptionalTensor& r,
-                         const OptionalTensor& v, const OptionalTensor& index) {
-  return as_outputs(
-      PhalanxFunction::apply(abcv, heads, kv_heads, window, decay_max, w, r, v, index));
+PhalanxOutputs phalanx_autograd(const at::Tensor& abcv, int64_t heads, int64_t kv_heads,
+                                int64_t window, double decay_max, const OptionalTensor& w,
+                                const OptionalTensor& r, const OptionalTensor& v,
+                                const OptionalTensor& index) {
+  const variable_list list =
+      PhalanxFunction::apply(abcv, heads, kv_heads, window, decay_max, w, r, v, index);
+  return {list[0], list[1], list[2], list[3], list[4], list[5]};
 }
 
 void register_kernels(torch::Library& m) {
@@ -514,12 +565,12 @@ std::tuple<at::Tensor, SwrState> phalanx(const at::Tensor& abcv_BLC, int64_t hea
                                          int64_t kv_heads, int64_t window, double decay_max,
                                          const std::optional<SwrState>& state) {
   const auto& op = handle<PhalanxSignature>();
-  if (!state) {
-    return with_state(op.call(abcv_BLC, heads, kv_heads, window, decay_max, std::nullopt,
-                              std::nullopt, std::nullopt, std::nullopt));
-  }
-  return with_state(op.call(abcv_BLC, heads, kv_heads, window, decay_max, state->w, state->r,
-                            state->v, state->index));
+  const auto [y, w, r, v, index, saved] =
+      state ? op.call(abcv_BLC, heads, kv_heads, window, decay_max, state->w, state->r, state->v,
+                      state->index)
+            : op.call(abcv_BLC, heads, kv_heads, window, decay_max, std::nullopt, std::nullopt,
+                      std::nullopt, std::nullopt);
+  return {y, SwrState{w, r, v, index}};
 }
 
 }  // namespace sarissa::ops

@@ -353,6 +353,38 @@ TEST(PhalanxCuda, WritesEverythingAndRepeats) {
   check_repeats(at::kCUDA);
 }
 // Long sequences, and so many channels that a strip of time holds several blocks.
+// The marching kernels: windows on both sides of what is folded and what is saved, chunks that the
+// window does not fill, heads of every number of lanes, channels that do not fill a CTA, several
+// strips, one step less and more than whole blocks.
+TEST(PhalanxCuda, MarchingKernels) {
+  SKIP_WITHOUT_CUDA();
+  const PoisonMemory poison;
+  const auto check = [](const Shape& s, at::ScalarType dtype, bool with_state) {
+    const SwrCase c = random_case(s, with_state, 23).to(at::kCUDA, dtype);
+    const Named got = run(op(s), c);
+    const std::string kernel = ops::last_kernel();
+    const char* const expected = s.window > 32 ? "march_saved" : "march_folded";
+    EXPECT_TRUE(kernel.starts_with(expected)) << s.describe() << ": " << kernel;
+    const Named want = run(op(s), c.to(at::kCPU, dtype).to(at::kCPU, at::kDouble));
+    expect_near(got, want, dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
+    expect_bit_equal(run(op(s), c), got, s.describe());
+  };
+  for (const bool with_state : {false, true}) {
+    for (const int64_t window : {8, 15, 16, 17, 32, 33, 48, 64, 100, 128, 256}) {
+      for (const int64_t length : {2, 255, 256, 257, 523}) {
+        check({2, length, 5, 5, 16, window, 0.9}, at::kBFloat16, with_state);
+      }
+      check({3, 301, 3, 3, 8, window}, at::kFloat, with_state);
+    }
+    for (const int64_t width : {8, 16, 32, 64}) {
+      check({2, 211, 9, 9, width, 16}, at::kBFloat16, with_state);
+      check({2, 211, 9, 9, width, 80}, at::kBFloat16, with_state);
+    }
+    check({1, 4099, 256, 256, 16, 16}, at::kBFloat16, with_state);
+    check({1, 4099, 256, 256, 16, 128}, at::kBFloat16, with_state);
+    check({2, 1030, 64, 64, 16, 64}, at::kBFloat16, with_state);
+  }
+}
 TEST(PhalanxCuda, LargeProblemsMatchTheCpu) {
   SKIP_WITHOUT_CUDA();
   for (const Shape& s :

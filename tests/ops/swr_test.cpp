@@ -537,6 +537,41 @@ TEST(SwrPlan, StripsCoverAllBlocks) {
   }
 }
 
+TEST(SwrPlan, MarchingStripsCoverAllBlocksInOneWave) {
+  for (const int64_t window : {8, 16, 32, 64, 256}) {
+    for (const int64_t length : {1, 100, 2048, 131072}) {
+      for (const int64_t channels : {16, 1024, 4096}) {
+        const auto plan = kernels::swr_march_plan(1, length, channels, window, 2, 2, 132);
+        EXPECT_GE(plan.columns * 256, channels);
+        EXPECT_EQ(plan.max_blocks, kernels::swr_max_blocks(window, length));
+        EXPECT_GE(plan.strips * plan.strip_blocks, plan.max_blocks);
+        EXPECT_LT((plan.strips - 1) * plan.strip_blocks, plan.max_blocks);
+        EXPECT_LE(plan.strips * plan.columns, 2 * 132);
+        // Three chunks of 16 KiB in flight or read, and two blocks where the left one is folded.
+        EXPECT_LE(plan.slots, 6);
+      }
+    }
+  }
+}
+
+TEST(SwrPlan, LongWindowsAndFullRecurrencesSave) {
+  using kernels::DType;
+  const auto sizes = [](int64_t length, int64_t window, DType dtype) {
+    return kernels::swr_saved_sizes(2, length, 3, 16, window, dtype);
+  };
+  EXPECT_EQ(sizes(1000, 32, DType::kBFloat16).total(), 0);
+  EXPECT_EQ(sizes(1, 64, DType::kBFloat16).total(), 0);
+  EXPECT_EQ(sizes(1000, 64, DType::kFloat64).total(), 0);
+  // 1000 steps touch at most 17 blocks of 64 steps, of 4 chunks each.
+  EXPECT_EQ(sizes(1000, 64, DType::kFloat32).chunks, 17 * 4);
+  EXPECT_EQ(sizes(1000, 64, DType::kFloat32).states, 2 * 17 * 4 * 3 * 16);
+  EXPECT_EQ(sizes(1000, 64, DType::kFloat32).products, 2 * 17 * 3);
+  // A full recurrence: 8 tiles of 128 steps.
+  EXPECT_EQ(sizes(1000, 0, DType::kBFloat16).chunks, 8);
+  EXPECT_EQ(sizes(1000, 0, DType::kBFloat16).states, 2 * 8 * 3 * 16);
+  EXPECT_EQ(sizes(1000, 0, DType::kBFloat16).products, 0);
+}
+
 // ---- the same on a GPU
 
 TEST(SwrCuda, GoldenFloat) {

@@ -21,10 +21,18 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-/// The status of the launch just made on this thread.
-inline Status launch_status() {
+/// The status of the launch just made on this thread, of the variant called `kernel`.
+inline Status launch_status(const char* kernel = nullptr) {
   const cudaError_t e = cudaGetLastError();
-  return {e == cudaSuccess ? nullptr : cudaGetErrorString(e)};
+  return {e == cudaSuccess ? nullptr : cudaGetErrorString(e), kernel};
+}
+
+/// Multiprocessors of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
 }
 
 }  // namespace sarissa::kernels

@@ -5,7 +5,8 @@
 namespace sarissa::kernels {
 
 struct Status {
-  const char* error = nullptr;  // null: all went well; else a static string
+  const char* error = nullptr;   // null: all went well; else a static string
+  const char* kernel = nullptr;  // the variant that ran, a static string, where there are several
   bool ok() const { return error == nullptr; }
 };
 

@@ -35,6 +35,15 @@ struct SwrInputs {
   const int32_t* index = nullptr;  // [B], in [0, window); full recurrence: ignored
 };
 
+/// What a forward of phalanx with a window can leave for the marching backward on a GPU, in
+/// compute_t<T>; nulls: nothing. Chunk j of block n has number n K + j, K = swr_chunks_per_block.
+/// Full recurrence, for the chained backward: a chunk is a tile of kSwrTile steps; no products.
+struct SwrSaved {
+  void* states = nullptr;    // [B, chunks, H, P]: x = w + r v before the chunk's first step
+  void* products = nullptr;  // [B, chunks / K, H]: r after the block's last step
+  int64_t chunks = 0;        // K swr_max_blocks(window, length)
+};
+
 /// Outputs are contiguous. The state is the one after the last step.
 struct SwrFwdParams {
   SwrInputs in;
@@ -43,6 +52,8 @@ struct SwrFwdParams {
   void* r;         // [B, H]
   void* v;         // [B, H, P]
   int32_t* index;  // [B]
+  SwrSaved saved;
+  void* workspace = nullptr;  // swr_fwd_workspace(...) elements of compute_t<T>, on a GPU
 };
 
 struct SwrBwdParams {
@@ -66,6 +77,7 @@ struct SwrBwdParams {
   void* dr;         // [B, H]
   void* dv;         // [B, H, P]
   void* workspace;  // swr_bwd_workspace(...).total() elements of compute_t<T>
+  SwrSaved saved;   // what the forward saved, or nulls
 };
 
 /// Heads [begin, end) of the B * H (batch, head) pairs.

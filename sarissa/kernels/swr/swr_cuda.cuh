@@ -2,17 +2,15 @@
 // the element type.
 #pragma once
 
-#include "sarissa/kernels/common/cuda.cuh"
+#include "sarissa/kernels/common/vector.cuh"
 #include "sarissa/kernels/swr/swr.h"
 
 namespace sarissa::kernels {
 
 constexpr int kSwrThreads = 128;
 
-template <class C>
-__device__ inline C sigmoid_of(C x) {
-  return C(1) / (C(1) + exp(-x));
-}
+/// Rows that a marching forward thread holds in registers ahead of its arithmetic.
+constexpr int kSwrRing = 8;
 
 /// The inputs as channel p of head h of batch row b sees them.
 template <class T, bool kGated>
@@ -38,10 +36,20 @@ struct SwrChannel {
     }
   }
 
+  /// Moves the view by `steps` steps.
+  __device__ void advance(int64_t steps) {
+    a += steps * a_step;
+    u += steps * u_step;
+    if constexpr (kGated) {
+      b += steps * gate_step;
+      c += steps * gate_step;
+    }
+  }
+
   /// The coefficient of step t.
   __device__ C coefficient(int64_t t) const {
     const C x = load(a + t * a_step);
-    return kGated ? decay_max * sigmoid_of(x) : x;
+    return kGated ? decay_max * sigmoid<T>(x) : x;
   }
   /// The derivative of a coefficient with respect to what is stored.
   __device__ C coefficient_slope(C coefficient) const {
@@ -51,7 +59,7 @@ struct SwrChannel {
   __device__ C value(int64_t t) const { return load(u + t * u_step); }
   /// sigmoid(b).
   __device__ C input_gate(int64_t t) const {
-    if constexpr (kGated) return sigmoid_of(load(b + t * gate_step));
+    if constexpr (kGated) return sigmoid<T>(load(b + t * gate_step));
     return C(1);
   }
   __device__ C output_gate(int64_t t) const {
@@ -85,6 +93,18 @@ struct SwrStart {
 __device__ inline SwrGrid swr_grid(const SwrInputs& in, int64_t row) {
   return SwrGrid(in.window, in.index != nullptr ? in.index[row] : 0, in.length);
 }
+
+/// The marching backward of phalanx, and whether it takes a problem.
+bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype);
+Status swr_bwd_march(const SwrBwdParams& params, DType dtype, void* stream);
+
+/// The chained kernels of phalanx without a window, and whether they take a problem. The forward
+/// writes saved.states for every problem whose inputs fit; the backward needs them.
+bool swr_chained_inputs_fit(const SwrInputs& in, DType dtype);
+bool swr_chained_fwd_fits(const SwrFwdParams& params, DType dtype);
+Status swr_chained_fwd(const SwrFwdParams& params, DType dtype, void* stream);
+bool swr_chained_bwd_fits(const SwrBwdParams& params, DType dtype);
+Status swr_chained_bwd(const SwrBwdParams& params, DType dtype, void* stream);
 
 /// Calls run.template operator()<T>() for the element type.
 template <class Run>

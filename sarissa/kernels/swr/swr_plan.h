@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "sarissa/kernels/common/dtype.h"
+
 #ifdef __CUDACC__
 #define SARISSA_HOST_DEVICE __host__ __device__
 #else
@@ -81,7 +83,7 @@ struct SwrGrid {
 };
 
 /// The most blocks that `length` steps can touch, wherever in a block they start.
-inline int64_t swr_max_blocks(int64_t window, int64_t length) {
+SARISSA_HOST_DEVICE inline int64_t swr_max_blocks(int64_t window, int64_t length) {
   if (window == 0 || length == 0) return 1;
   return (length - 1 + window - 1) / window + 1;
 }
@@ -95,6 +97,24 @@ inline int64_t swr_max_chunks(int64_t window, int64_t length) {
   return full_chunks + swr_max_blocks(window, length);
 }
 
+/// The chained kernels of the full recurrence: a CTA owns a tile of time and the channels of a
+/// warp.
+constexpr int64_t kSwrTile = 128;
+inline int64_t swr_tiles(int64_t length) { return (length + kSwrTile - 1) / kSwrTile; }
+
+/// What the chained kernels need to pass states from tile to tile, in fp32 elements: a ticket and,
+/// per tile and at most per channel, a message.
+constexpr int64_t kSwrMessage = 4;
+inline int64_t swr_chain_workspace(int64_t batch, int64_t length, int64_t heads, int64_t width) {
+  return kSwrMessage * (1 + batch * swr_tiles(length) * ((heads * width + 31) / 32 * 32));
+}
+
+/// Workspace of the forward in elements of the arithmetic type.
+inline int64_t swr_fwd_workspace(int64_t batch, int64_t length, int64_t heads, int64_t width,
+                                 int64_t window, bool gated, bool cuda) {
+  return cuda && gated && window == 0 ? swr_chain_workspace(batch, length, heads, width) : 0;
+}
+
 /// How the backward's workspace is laid out, in elements of the arithmetic type.
 struct SwrWorkspace {
   int64_t chunks;      // chunks per batch row, at most
@@ -105,7 +125,10 @@ struct SwrWorkspace {
   int64_t
       decay_shares;  // CUDA: [slices, B, L, H] and [slices, B, H] gradients of a and r per slice
   int64_t scratch_per_item;
-  int64_t total() const { return end_states + products + scratch + gate_shares + decay_shares; }
+  int64_t chain;  // CUDA, full recurrence: swr_chain_workspace, in place of all other parts
+  int64_t total() const {
+    return std::max(chain, end_states + products + scratch + gate_shares + decay_shares);
+  }
 };
 
 /// Channels of a head that one warp of the CUDA backward reduces over; wider heads are cut in
@@ -124,6 +147,7 @@ inline SwrWorkspace swr_bwd_workspace(int64_t batch, int64_t length, int64_t hea
   if (cuda) {
     if (gated && kv_heads < heads) ws.gate_shares = 2 * batch * length * heads * width;
     if (slices > 1) ws.decay_shares = slices * batch * heads * (length + 1);
+    if (gated && window == 0) ws.chain = swr_chain_workspace(batch, length, heads, width);
   } else {
     ws.scratch_per_item = (4 * kSwrChunk + 2) * width;
     ws.scratch = batch * kv_heads * ws.scratch_per_item;
@@ -138,6 +162,88 @@ inline int64_t swr_strip_blocks(int64_t max_blocks, int64_t channels) {
   const int64_t strips =
       std::clamp<int64_t>(kThreads / std::max<int64_t>(1, channels), 1, max_blocks);
   return (max_blocks - 1) / strips + 1;
+}
+
+/// How marching kernels cut time: every strip but the last has `blocks` blocks.
+struct SwrStrips {
+  int64_t strips, blocks;
+};
+
+/// Cuts max_blocks blocks into at most `wanted` strips of equal length.
+inline SwrStrips swr_strips(int64_t max_blocks, int64_t wanted) {
+  const int64_t blocks = (max_blocks - 1) / std::clamp<int64_t>(wanted, 1, max_blocks) + 1;
+  return {(max_blocks - 1) / blocks + 1, blocks};
+}
+
+/// Strips of the forward, `lanes` threads per batch row and strip. Two CTAs of 128 threads per
+/// multiprocessor have enough reads in flight; more strips would only repeat more blocks.
+inline SwrStrips swr_fwd_strips(int64_t batch, int64_t length, int64_t window, int64_t lanes,
+                                int multiprocessors) {
+  const int64_t threads = int64_t{multiprocessors} * 2 * 128;
+  return swr_strips(swr_max_blocks(window, length), threads / std::max<int64_t>(1, batch * lanes));
+}
+
+/// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels and has
+/// kSwrMarchAhead chunks of its reads in flight.
+constexpr int kSwrMarchBytes = 4;
+constexpr int kSwrMarchAhead = 2;
+/// Below this window most rows of its chunks would be empty.
+constexpr int64_t kSwrMarchMinWindow = 8;
+/// Steps and chunks are counted in 32 bits.
+constexpr int64_t kSwrMarchLength = int64_t{1} << 30;
+
+SARISSA_HOST_DEVICE inline int64_t swr_chunks_per_block(int64_t window) {
+  return (window - 1) / kSwrChunk + 1;
+}
+
+/// Whether a backward on a GPU wants what the forward can save (SwrSaved). The marching one with
+/// few chunks per block folds them again instead.
+inline bool swr_saves(int64_t window) { return window == 0 || swr_chunks_per_block(window) > 2; }
+
+/// Sizes of SwrSaved in elements of the arithmetic type; all 0 where nothing is saved.
+struct SwrSavedSizes {
+  int64_t chunks, states, products;
+  int64_t total() const { return states + products; }
+};
+
+inline SwrSavedSizes swr_saved_sizes(int64_t batch, int64_t length, int64_t heads, int64_t width,
+                                     int64_t window, DType dtype) {
+  // One step at a time is inference, which saves nothing.
+  if (!swr_saves(window) || dtype == DType::kFloat64 || length <= 1) return {0, 0, 0};
+  if (window == 0) {
+    const int64_t tiles = swr_tiles(length);
+    return {tiles, batch * tiles * heads * width, 0};
+  }
+  const int64_t blocks = swr_max_blocks(window, length);
+  const int64_t chunks = blocks * swr_chunks_per_block(window);
+  return {chunks, batch * chunks * heads * width, batch * blocks * heads};
+}
+
+struct SwrMarch {
+  int chunks_per_block;
+  int slots;        // chunks in the ring of shared memory
+  int64_t columns;  // CTAs beside each other
+  int64_t strips, strip_blocks;
+  int64_t max_blocks;
+};
+
+/// One wave of CTAs: as many strips as fit beside each other, since every strip repeats a block at
+/// both ends.
+inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t channels, int64_t window,
+                               int64_t bytes_per_element, int ctas_per_multiprocessor,
+                               int multiprocessors) {
+  SwrMarch plan{};
+  plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
+  // Folding keeps the block of the back and the one to its left.
+  plan.slots = (swr_saves(window) ? 1 : 2 * plan.chunks_per_block) + kSwrMarchAhead;
+  plan.columns = (channels * bytes_per_element - 1) / (128 * kSwrMarchBytes) + 1;
+  plan.max_blocks = swr_max_blocks(window, length);
+  const SwrStrips strips =
+      swr_strips(plan.max_blocks, multiprocessors * ctas_per_multiprocessor /
+                                      std::max<int64_t>(1, plan.columns * batch));
+  plan.strips = strips.strips;
+  plan.strip_blocks = strips.blocks;
+  return plan;
 }
 
 /// Horizon of decays bounded by rho: the smallest K >= 0 such that everything further back than K
