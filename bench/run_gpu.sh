@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Runs what only a GPU can show, from an archive of bench/pack_gpu.sh, in one call:
 #   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]
+#   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER bench [options of 'sarissa bench ops']
+#   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER peers [options of bench/peers/peers.py]
 # python3 on PATH must have torch 2.11.0 (the CUDA 13.0 build). Writes logs and JSON to the folder
-# and ends with one line per step; exits 1 when a step failed.
+# (bench: ops.jsonl, peers: peers.jsonl) and one line per step; exits 1 when a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-archive=${1:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]}
-results=${2:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]}
+archive=${1:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|bench|peers|all]}
+results=${2:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|bench|peers|all]}
 what=${3:-all}
+options=("${@:4}")
 mkdir -p "$results"
 logs=$(mktemp -d)  # many small files: they come back as one archive
 tar -xJf "$archive"
@@ -54,6 +57,15 @@ if [[ $what == train || $what == all ]]; then
     --train.output="$logs/run"
   cp "$logs/run/metrics.jsonl" "$results/" && tail -n 3 "$results/metrics.jsonl"
   rm -rf "$logs/run"
+fi
+if [[ $what == bench || $what == all ]]; then
+  step bench build/sarissa bench ops --device cuda --json "$results/ops.jsonl" "${options[@]}"
+  cat "$logs/bench.log"
+fi
+if [[ $what == peers || $what == all ]]; then
+  [[ $what == peers ]] || options=()
+  step peers python3 bench/peers/peers.py --device cuda --json "$results/peers.jsonl" "${options[@]}"
+  cat "$logs/peers.log"
 fi
 tar -C "$logs" -czf "$results/logs.tar.gz" .
 exit $failed

@@ -19,6 +19,7 @@ void add_score(CLI::App& program);     // score.cpp
 void add_inspect(CLI::App& program);   // inspect.cpp
 void add_init(CLI::App& program);      // init.cpp
 void add_data(CLI::App& program);      // data.cpp: data prepare, data inspect
+void add_bench(CLI::App& program);     // bench.cpp: bench ops
 void add_selftest(CLI::App& program);  // selftest.cpp
 
 }  // namespace sarissa::cli

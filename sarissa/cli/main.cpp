@@ -37,6 +37,7 @@ void add_commands(CLI::App& program) {
   add_inspect(program);
   add_init(program);
   add_data(program);
+  add_bench(program);
   add_selftest(program);
 }
 

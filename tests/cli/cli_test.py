@@ -98,6 +98,8 @@ class CliTest(unittest.TestCase):
             self.assertIn(f"sarissa {command}", run(command, "--help").stdout.split("Example")[1])
         for command in ("prepare", "inspect"):
             self.assertIn("sarissa data", run("data", command, "--help").stdout)
+        self.assertIn("sarissa bench ops --op",
+                      run("bench", "ops", "--help").stdout.split("Example")[1])
         self.assertIn("generate", run("--help").stdout)
 
     def test_version(self):
