@@ -385,6 +385,34 @@ TEST(PhalanxCuda, MarchingKernels) {
     check({2, 1030, 64, 64, 16, 64}, at::kBFloat16, with_state);
   }
 }
+// The chained kernels: the full recurrence, and the forward of windows that divide a tile; lengths
+// around blocks and tiles, more tiles than a look-back reads at once, ragged columns.
+TEST(PhalanxCuda, ChainedKernels) {
+  SKIP_WITHOUT_CUDA();
+  const PoisonMemory poison;
+  const auto check = [](const Shape& s, at::ScalarType dtype, bool with_state) {
+    const SwrCase c = random_case(s, with_state, 29).to(at::kCUDA, dtype);
+    op(s)(c.inputs, c.state);
+    EXPECT_EQ(ops::last_kernel(), "chained") << s.describe();
+    const Named got = run(op(s), c);
+    if (s.window == kFullRecurrence) EXPECT_EQ(ops::last_kernel(), "chained") << s.describe();
+    const Named want = run(op(s), c.to(at::kCPU, dtype).to(at::kCPU, at::kDouble));
+    expect_near(got, want, dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
+    expect_bit_equal(run(op(s), c), got, s.describe());
+  };
+  for (const int64_t length : {17, 127, 128, 129, 500, 2049}) {
+    for (const bool with_state : {false, true}) {
+      check({2, length, 5, 5, 16, kFullRecurrence, 0.9}, at::kBFloat16, with_state);
+      check({1, length, 3, 3, 8, kFullRecurrence}, at::kFloat, with_state);
+    }
+    for (const int64_t window : {32, 64, 128}) {
+      check({2, length, 5, 5, 16, window, 0.9}, at::kBFloat16, false);
+      check({1, length, 3, 3, 16, window}, at::kFloat, false);
+    }
+  }
+  check({1, 512, 256, 256, 16, 64}, at::kBFloat16, false);
+  check({1, 8190, 9, 9, 32, kFullRecurrence}, at::kBFloat16, true);
+}
 TEST(PhalanxCuda, LargeProblemsMatchTheCpu) {
   SKIP_WITHOUT_CUDA();
   for (const Shape& s :

@@ -92,6 +92,17 @@ __device__ inline void look_back(const ChainMessage* own, int64_t stride, int ti
   }
 }
 
+/// The aggregate of another tile.
+template <int V>
+__device__ inline void wait_for(const ChainMessage* other, float (&x)[V]) {
+  ChainMessage m;
+  do {
+    m = peek(other);
+  } while (m.kind == ChainMessage::kNothing);
+#pragma unroll
+  for (int j = 0; j < V; ++j) x[j] = m.value[j];
+}
+
 /// The messages of a launch behind its ticket.
 struct Chain {
   int tiles, columns, batch;

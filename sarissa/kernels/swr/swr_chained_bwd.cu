@@ -227,11 +227,11 @@ bool swr_chained_bwd_fits(const SwrBwdParams& params, DType dtype) {
   const auto aligned = [](const void* p) {
     return reinterpret_cast<uintptr_t>(p) % kSwrMarchBytes == 0;
   };
-  return swr_chained_inputs_fit(params.in, dtype) && params.saved.states != nullptr &&
-         params.workspace != nullptr && aligned(params.dx) && params.dx_batch % V == 0 &&
-         params.dx_step % V == 0 && params.dx_head % V == 0 && aligned(params.du) &&
-         aligned(params.db) && aligned(params.dc) && params.du_step % V == 0 &&
-         params.dgate_step % V == 0;
+  return params.in.window == 0 && swr_chained_inputs_fit(params.in, dtype) &&
+         params.saved.states != nullptr && params.workspace != nullptr && aligned(params.dx) &&
+         params.dx_batch % V == 0 && params.dx_step % V == 0 && params.dx_head % V == 0 &&
+         aligned(params.du) && aligned(params.db) && aligned(params.dc) &&
+         params.du_step % V == 0 && params.dgate_step % V == 0;
 }
 
 Status swr_chained_bwd(const SwrBwdParams& params, DType dtype, void* stream) {

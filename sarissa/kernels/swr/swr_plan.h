@@ -109,10 +109,16 @@ inline int64_t swr_chain_workspace(int64_t batch, int64_t length, int64_t heads,
   return kSwrMessage * (1 + batch * swr_tiles(length) * ((heads * width + 31) / 32 * 32));
 }
 
+/// Windows for which there are chained forward kernels.
+inline bool swr_chainable(int64_t window) {
+  return window == 0 || window == 32 || window == 64 || window == 128;
+}
+
 /// Workspace of the forward in elements of the arithmetic type.
 inline int64_t swr_fwd_workspace(int64_t batch, int64_t length, int64_t heads, int64_t width,
                                  int64_t window, bool gated, bool cuda) {
-  return cuda && gated && window == 0 ? swr_chain_workspace(batch, length, heads, width) : 0;
+  return cuda && gated && swr_chainable(window) ? swr_chain_workspace(batch, length, heads, width)
+                                                : 0;
 }
 
 /// How the backward's workspace is laid out, in elements of the arithmetic type.
@@ -181,6 +187,16 @@ inline SwrStrips swr_fwd_strips(int64_t batch, int64_t length, int64_t window, i
                                 int multiprocessors) {
   const int64_t threads = int64_t{multiprocessors} * 2 * 128;
   return swr_strips(swr_max_blocks(window, length), threads / std::max<int64_t>(1, batch * lanes));
+}
+
+/// Whether a forward with a window is better chained than marched: its strips would be shorter than
+/// 8 windows, so that reading the block beside each costs more than the chain's messages (measured
+/// at 4096 channels on an H100).
+inline bool swr_chains_window(int64_t batch, int64_t length, int64_t channels, int64_t window,
+                              int64_t bytes_per_element, int multiprocessors) {
+  return window > 0 && swr_chainable(window) &&
+         swr_fwd_strips(batch, length, window, channels * bytes_per_element / 8, multiprocessors)
+                 .blocks < 8;
 }
 
 /// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels and has
