@@ -99,10 +99,10 @@ DType check_arguments(const Arguments& a) {
   return dtype;
 }
 
-/// The last n rows of [state; x] along time, a new tensor; x [B, L, N], state [B, n, N] or zeros.
-Tensor last_rows(const OptionalTensor& state, const Tensor& x, int64_t n) {
-  const Tensor rows = at::empty({x.size(0), n, x.size(2)}, x.options());
-  const int64_t new_rows = std::min(n, x.size(1));
+/// Fills rows [B, n, N] with the last n rows of [state; x] along time; x [B, L, N], state like rows
+/// or zeros.
+void copy_last_rows(const OptionalTensor& state, const Tensor& x, const Tensor& rows) {
+  const int64_t n = rows.size(1), new_rows = std::min(n, x.size(1));
   rows.narrow(1, n - new_rows, new_rows).copy_(x.narrow(1, x.size(1) - new_rows, new_rows));
   const Tensor old_rows = rows.narrow(1, 0, n - new_rows);
   if (given(state)) {
@@ -110,7 +110,6 @@ Tensor last_rows(const OptionalTensor& state, const Tensor& x, int64_t n) {
   } else {
     old_rows.zero_();
   }
-  return rows;
 }
 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
@@ -123,25 +122,15 @@ Tensor with_contiguous_channels(const Tensor& x) {
 
 Tensor contiguous_as(const Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
-/// The arguments in the kernels' form. Owns every tensor that `set` points a parameter at.
+/// The arguments in the kernels' form. Points the parameters at tensors that it owns.
 struct Inputs {
   at::TensorOptions options;  // of the arithmetic type
-  Tensor x, featurizer, featurizer_state, taps, skip, state, u, packed_taps;
+  bool march;                 // the marching kernels take them
+  Tensor x, featurizer, featurizer_state, taps, skip, state;
+  std::vector<Tensor> workspaces;
 
-  explicit Inputs(const Arguments& a)
+  Inputs(const Arguments& a, DType dtype, kernels::FirParams& p)
       : options(a.x.options().dtype(accumulation_type(a.x))), x(with_contiguous_channels(a.x)) {
-    const at::ScalarType type = accumulation_type(a.x);
-    taps = contiguous_as(a.taps, type);
-    if (given(a.skip)) skip = contiguous_as(*a.skip, type);
-    if (given(a.state)) state = contiguous_as(*a.state, type);
-    if (!a.gated()) return;
-    featurizer = a.featurizer.to(type).t().contiguous();
-    featurizer_state = given(a.featurizer_state)
-                           ? a.featurizer_state->contiguous()
-                           : at::zeros({a.batch(), kHistory, 3 * a.width()}, x.options());
-  }
-
-  void set(const Arguments& a, kernels::FirParams& p) {
     p.batch = a.batch();
     p.length = a.length();
     p.width = a.width();
@@ -150,21 +139,37 @@ struct Inputs {
     p.x = data(x);
     p.x_stride_b = x.stride(0);
     p.x_stride_l = x.stride(1);
+    p.featurizer = data(a.featurizer);
+    march = !x.is_cpu() && kernels::fir_march_takes(p, dtype);
+
+    const at::ScalarType type = accumulation_type(a.x);
+    const auto parameter = [&](const Tensor& t, bool& is_T) {
+      is_T = t.scalar_type() == a.x.scalar_type();
+      return march ? t.contiguous() : contiguous_as(t, type);
+    };
+    taps = parameter(a.taps, p.taps_is_T);
+    if (given(a.skip)) skip = parameter(*a.skip, p.skip_is_T);
+    if (a.gated()) {
+      featurizer = parameter(march ? a.featurizer : a.featurizer.t(), p.featurizer_is_T);
+    }
+    if (given(a.state)) state = contiguous_as(*a.state, type);
+    if (given(a.featurizer_state)) {
+      featurizer_state = a.featurizer_state->contiguous();
+    } else if (a.gated() && !march) {
+      featurizer_state = at::zeros({a.batch(), kHistory, 3 * a.width()}, x.options());
+    }
     p.featurizer = data(featurizer);
     p.featurizer_state = data(featurizer_state);
     p.taps = data(taps);
     p.skip = data(skip);
     p.state = data(state);
-    const kernels::FirWorkspace sizes = workspace(p);
-    u = at::empty({sizes.u}, options);
-    packed_taps = at::empty({sizes.packed_taps}, options);
-    p.u = mutable_data(u);
-    p.packed_taps = mutable_data(packed_taps);
   }
 
-  kernels::FirWorkspace workspace(const kernels::FirParams& p) const {
-    return x.is_cpu() ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
-                      : kernels::fir_workspace_cuda(p);
+  /// New memory of the arithmetic type; null for no elements.
+  void* workspace(int64_t elements) {
+    if (elements == 0) return nullptr;
+    workspaces.push_back(at::empty({elements}, options));
+    return mutable_data(workspaces.back());
   }
 };
 
@@ -188,13 +193,26 @@ kernels::FirItems cpu_items(const kernels::FirParams& p, DType dtype) {
   return kernels::FirItems(p, dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
 
-/// Fills y and, when gated, state_out.
-void forward(const Arguments& a, DType dtype, const Tensor& y, const Tensor& state_out) {
-  Inputs inputs(a);
+/// Fills y and, when gated, the states after it.
+void forward(const Arguments& a, DType dtype, const Tensor& y,
+             const Tensor& featurizer_state_out = {}, const Tensor& state_out = {}) {
   kernels::FirParams p{};
-  inputs.set(a, p);
+  Inputs inputs(a, dtype, p);
   p.y = mutable_data(y);
   p.state_out = mutable_data(state_out);
+  if (inputs.march) {
+    p.featurizer_state_out = mutable_data(featurizer_state_out);
+  } else if (a.gated()) {
+    copy_last_rows(a.featurizer_state, a.x, featurizer_state_out);
+  }
+  kernels::FirWorkspace sizes{};
+  if (a.x.is_cpu()) {
+    sizes = kernels::fir_workspace_cpu(p, inputs.options.dtype().itemsize());
+  } else if (!inputs.march) {
+    sizes = kernels::fir_workspace_cuda(p);
+  }
+  p.u = inputs.workspace(sizes.u);
+  p.packed_taps = inputs.workspace(sizes.packed_taps);
   if (!a.x.is_cpu()) {
     const c10::DeviceGuard guard(a.x.device());
     check(cuda_kernels().fir_fwd(p, dtype, cuda_stream(a.x)), a.op);
@@ -228,21 +246,19 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
   const int64_t D = a.width();
   Gradients g;
   g.x = at::empty(a.x.sizes(), a.x.options());
-  g.taps = at::empty(a.taps.sizes(), options);
-  g.skip = at::empty({given(a.skip) ? D : 0}, options);
+  g.taps = at::empty(a.taps.sizes(), a.taps.options());
+  g.skip = given(a.skip) ? at::empty({D}, a.skip->options()) : at::empty({0}, options);
   g.state = at::empty(given(a.state) ? a.state->sizes() : at::IntArrayRef{0}, options);
-  if (a.gated()) {
-    g.featurizer = at::empty({3, 3 * D}, options);  // tap-major, transposed below
-    g.featurizer_state = at::empty({a.batch(), kHistory, 3 * D}, a.x.options());
-  }
+  if (a.gated()) g.featurizer = at::empty({3 * D, 3}, a.featurizer.options());
+  const auto z_state = [&] { return at::empty({a.batch(), kHistory, 3 * D}, a.x.options()); };
+  g.featurizer_state = given(a.featurizer_state) ? z_state() : at::empty({0}, a.x.options());
   if (a.batch() == 0) {
     g.taps.zero_();
     g.skip.zero_();
     if (a.gated()) g.featurizer.zero_();
   } else if (!a.x.is_meta()) {
-    Inputs inputs(a);
     kernels::FirBwdParams p{};
-    inputs.set(a, p);
+    Inputs inputs(a, dtype, p);
     const Tensor dy_rows = with_contiguous_channels(dy);
     p.dy = data(dy_rows);
     p.dy_stride_b = dy_rows.stride(0);
@@ -253,20 +269,33 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.d_featurizer_state_out = data(d_featurizer_state_out);
     p.d_state_out = data(d_state_out);
     p.dx = mutable_data(g.x);
-    p.d_featurizer_state = mutable_data(g.featurizer_state);
-    p.d_state = given(a.state) ? mutable_data(g.state) : nullptr;
+    // The marching kernels make the parameters' gradients as the operator has them and need not
+    // make that of the featurizer's state. The others use the arithmetic type, take the featurizer
+    // tap by tap, and always write the gradient of its state.
+    Tensor d_z_state = g.featurizer_state;
+    if (!inputs.march) {
+      g.taps = at::empty(a.taps.sizes(), options);
+      if (given(a.skip)) g.skip = at::empty({D}, options);
+      if (a.gated()) {
+        g.featurizer = at::empty({3, 3 * D}, options);
+        if (!given(a.featurizer_state)) d_z_state = z_state();
+      }
+    }
     p.d_featurizer = mutable_data(g.featurizer);
+    if (d_z_state.numel() > 0) p.d_featurizer_state = mutable_data(d_z_state);
+    p.d_state = given(a.state) ? mutable_data(g.state) : nullptr;
     p.d_taps = mutable_data(g.taps);
     p.d_skip = given(a.skip) ? mutable_data(g.skip) : nullptr;
-    const kernels::FirWorkspace sizes = inputs.workspace(p);
-    const Tensor dq = at::empty({sizes.dq}, options);
-    const Tensor dc = at::empty({sizes.dc}, options);
-    const Tensor taps_partial = at::empty({sizes.taps_partial}, options);
-    const Tensor featurizer_partial = at::empty({sizes.featurizer_partial}, options);
-    p.dq = mutable_data(dq);
-    p.dc = mutable_data(dc);
-    p.taps_partial = mutable_data(taps_partial);
-    p.featurizer_partial = mutable_data(featurizer_partial);
+    const kernels::FirWorkspace sizes =
+        a.x.is_cpu()   ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
+        : inputs.march ? kernels::fir_march_workspace(p, kernels::fir_march_bwd_plan(p, dtype))
+                       : kernels::fir_workspace_cuda(p);
+    p.u = inputs.workspace(sizes.u);
+    p.packed_taps = inputs.workspace(sizes.packed_taps);
+    p.dq = inputs.workspace(sizes.dq);
+    p.dc = inputs.workspace(sizes.dc);
+    p.taps_partial = inputs.workspace(sizes.taps_partial);
+    p.featurizer_partial = inputs.workspace(sizes.featurizer_partial);
     if (a.x.is_cpu()) {
       const CpuStages<kernels::FirBwdParams> run{a.op, p, dtype};
       const kernels::FirItems items = cpu_items(p, dtype);
@@ -285,11 +314,12 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
       const c10::DeviceGuard guard(a.x.device());
       check(cuda_kernels().fir_bwd(p, dtype, cuda_stream(a.x)), a.op);
     }
+    if (a.gated() && !inputs.march) g.featurizer = g.featurizer.t().contiguous();
   }
   g.taps = g.taps.to(a.taps.scalar_type());
   if (given(a.skip)) g.skip = g.skip.to(a.skip->scalar_type());
   if (given(a.state)) g.state = g.state.to(a.state->scalar_type());
-  if (a.gated()) g.featurizer = g.featurizer.t().contiguous().to(a.featurizer.scalar_type());
+  if (a.gated()) g.featurizer = g.featurizer.to(a.featurizer.scalar_type());
   return g;
 }
 
@@ -298,8 +328,11 @@ std::tuple<Tensor, Tensor> fir_kernel(const Tensor& u, const Tensor& taps,
   const Arguments a = fir_arguments(u, taps, state);
   const DType dtype = check_arguments(a);
   const Tensor y = at::empty(u.sizes(), u.options());
-  const Tensor state_out = last_rows(state, u, a.num_taps() - 1);
-  if (u.numel() > 0 && !u.is_meta()) forward(a, dtype, y, Tensor());
+  const Tensor state_out = at::empty(a.state_sizes(), u.options());
+  if (!u.is_meta()) {
+    copy_last_rows(state, u, state_out);
+    if (u.numel() > 0) forward(a, dtype, y);
+  }
   return {y, state_out};
 }
 
@@ -317,9 +350,10 @@ std::tuple<Tensor, Tensor, Tensor> hyena_fir_kernel(const Tensor& z, const Tenso
   const Arguments a = hyena_fir_arguments(z, featurizer, taps, skip, featurizer_state, inner_state);
   const DType dtype = check_arguments(a);
   const Tensor y = at::empty({a.batch(), a.length(), a.width()}, z.options());
+  const Tensor featurizer_state_out = at::empty({a.batch(), kHistory, 3 * a.width()}, z.options());
   const Tensor state_out = at::empty(a.state_sizes(), z.options().dtype(accumulation_type(z)));
-  if (a.batch() > 0 && !z.is_meta()) forward(a, dtype, y, state_out);
-  return {y, last_rows(featurizer_state, z, kHistory), state_out};
+  if (!z.is_meta() && a.batch() > 0) forward(a, dtype, y, featurizer_state_out, state_out);
+  return {y, featurizer_state_out, state_out};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hyena_fir_bwd_kernel(

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "sarissa/base/error.h"
+#include "sarissa/kernels/fir/fir_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
 #include "tests/support/compare.h"
@@ -189,10 +190,31 @@ std::ostream& operator<<(std::ostream& out, const Shape& s) {
 }
 
 const std::vector<Shape> kShapes = {
-    {1, 1, 1, 1, 1},      {2, 1, 3, 3, 2},      {2, 2, 20, 5, 7},   {3, 6, 15, 1, 7},
-    {1, 7, 64, 4, 7},     {1, 8, 65, 13, 7},    {1, 257, 70, 7, 4}, {2, 127, 33, 11, 128},
-    {1, 128, 16, 2, 128}, {1, 129, 17, 1, 128}, {1, 521, 12, 3, 9}, {1, 3, 6, 2, 300},
+    {1, 1, 1, 1, 1},
+    {2, 1, 3, 3, 2},
+    {2, 2, 20, 5, 7},
+    {3, 6, 15, 1, 7},
+    {1, 7, 64, 4, 7},
+    {1, 8, 65, 13, 7},
+    {1, 257, 70, 7, 4},
+    {2, 127, 33, 11, 128},
+    {1, 128, 16, 2, 128},
+    {1, 129, 17, 1, 128},
+    {1, 521, 12, 3, 9},
+    {1, 3, 6, 2, 300},
     {1, 601, 4, 2, 530},
+    // Of the marching kernels: strips and their edges, whole and ragged groups of rows, 1, 2 and 4
+    // channels per thread, warps that are not full, rows that are no multiple of 16 bytes.
+    {1, 64, 64, 4, 7},
+    {1, 65, 64, 4, 4},
+    {2, 71, 64, 16, 14},
+    {1, 97, 272, 17, 7},
+    {3, 139, 48, 24, 14},
+    {1, 130, 36, 9, 2},
+    {1, 95, 24, 24, 5},
+    {2, 1, 64, 4, 14},
+    {1, 9, 40, 10, 14},
+    {1, 130, 130, 1, 10},
 };
 
 /// z, featurizer, taps, skip, featurizer state, inner state; then the gradients of y and the
@@ -299,15 +321,19 @@ void expect_bfloat16_rule(at::Device device) {
 
 TEST(HyenaFir, BFloat16RoundsOnlyAtTheEnds) { expect_bfloat16_rule(at::kCPU); }
 
+void expect_float_parameters(at::ScalarType dtype, at::Device device, const Shape& s) {
+  const Problem p = make_problem(s);
+  const auto got = run(call, p, dtype, device, at::kFloat);
+  const auto want = run(dense, p, at::kDouble, at::kCPU, at::kDouble);
+  for (size_t i = 0; i < got.size(); ++i) {
+    EXPECT_LE(relative_rms(got[i], want[i]), dtype == at::kDouble ? 1e-6 : 2e-2) << kNames[i];
+  }
+  for (const size_t i : {4, 5, 6}) EXPECT_EQ(got[i].scalar_type(), at::kFloat) << kNames[i];
+}
+
 TEST(HyenaFir, ParametersMayBeFloatUnderAnyInput) {
-  const Problem p = make_problem({2, 37, 20, 4, 7});
   for (const auto dtype : {at::kDouble, at::kBFloat16}) {
-    const auto got = run(call, p, dtype, at::kCPU, at::kFloat);
-    const auto want = run(dense, p, at::kDouble, at::kCPU, at::kDouble);
-    for (size_t i = 0; i < got.size(); ++i) {
-      EXPECT_LE(relative_rms(got[i], want[i]), dtype == at::kDouble ? 1e-6 : 2e-2) << kNames[i];
-    }
-    for (const size_t i : {4, 5, 6}) EXPECT_EQ(got[i].scalar_type(), at::kFloat) << kNames[i];
+    expect_float_parameters(dtype, at::kCPU, {2, 37, 20, 4, 7});
   }
 }
 
@@ -366,7 +392,8 @@ TEST(HyenaFir, EachOutputAloneSendsItsGradient) {
 
 void expect_splits_equal(at::ScalarType dtype, at::Device device) {
   for (const Shape& s :
-       {Shape{2, 37, 20, 4, 7}, Shape{1, 300, 70, 7, 128}, Shape{1, 11, 9, 3, 1}}) {
+       {Shape{2, 37, 20, 4, 7}, Shape{1, 300, 70, 7, 128}, Shape{1, 11, 9, 3, 1},
+        Shape{2, 131, 64, 4, 7}, Shape{1, 70, 40, 10, 14}, Shape{1, 67, 24, 3, 3}}) {
     const Problem p = make_problem(s);
     std::vector<Tensor> in;
     for (size_t i = 0; i < 4; ++i) in.push_back(p.inputs[i].to(device, dtype));
@@ -374,7 +401,8 @@ void expect_splits_equal(at::ScalarType dtype, at::Device device) {
       return ops::hyena_fir(in[0].slice(1, begin, end), in[1], in[2], in[3], state);
     };
     const auto [y, state] = go(0, s.L, std::nullopt);
-    for (const int64_t cut : {int64_t{0}, int64_t{1}, int64_t{2}, s.W - 1, s.L / 2, s.L - 1, s.L}) {
+    for (const int64_t cut : {int64_t{0}, int64_t{1}, int64_t{2}, s.W - 1, int64_t{31}, int64_t{32},
+                              int64_t{33}, s.L / 2, s.L - 1, s.L}) {
       if (cut > s.L) continue;
       const auto [y1, state1] = go(0, cut, std::nullopt);
       const auto [y2, state2] = go(cut, s.L, state1);
@@ -399,8 +427,9 @@ TEST(HyenaFir, AnySplitAndSteppingGiveTheSameBits) {
 }
 
 /// The gradient through a split, states and all, is the gradient of the unsplit run.
-TEST(HyenaFir, GradientsFlowThroughCarriedStates) {
-  const Problem p = make_problem({2, 60, 12, 3, 31});
+void expect_gradients_through_states(const Shape& s, at::ScalarType dtype, at::Device device,
+                                     double tolerance) {
+  const Problem p = make_problem(s);
   const Operator split = [](const std::vector<Tensor>& in) {
     std::optional<ops::HyenaState> state{{in[4], in[5]}};
     std::vector<Tensor> y;
@@ -411,11 +440,15 @@ TEST(HyenaFir, GradientsFlowThroughCarriedStates) {
     }
     return std::vector<Tensor>{at::cat(y, 1), state->featurizer, state->inner};
   };
-  const auto got = run(split, p, at::kDouble, at::kCPU, at::kDouble);
+  const auto got = run(split, p, dtype, device, dtype);
   const auto want = run(p, at::kDouble);
   for (size_t i = 0; i < got.size(); ++i) {
-    EXPECT_LE(relative_rms(got[i], want[i]), 1e-14) << kNames[i];
+    EXPECT_LE(relative_rms(got[i], want[i]), tolerance) << s << ": " << kNames[i];
   }
+}
+
+TEST(HyenaFir, GradientsFlowThroughCarriedStates) {
+  expect_gradients_through_states({2, 60, 12, 3, 31}, at::kDouble, at::kCPU, 1e-14);
 }
 
 void expect_strides_honoured(at::Device device) {
@@ -439,10 +472,16 @@ void expect_strides_honoured(at::Device device) {
 TEST(HyenaFir, HonoursStrides) { expect_strides_honoured(at::kCPU); }
 
 void expect_repeatable(at::Device device) {
-  const Problem p = make_problem({2, 1100, 70, 7, 128});
-  const auto once = run(p, at::kFloat, device);
-  const auto again = run(p, at::kFloat, device);
-  for (size_t i = 0; i < once.size(); ++i) EXPECT_TRUE(bit_equal(once[i], again[i])) << kNames[i];
+  for (const Shape& s : {Shape{2, 1100, 70, 7, 128}, Shape{2, 1100, 64, 4, 7}}) {
+    const Problem p = make_problem(s);
+    for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+      const auto once = run(p, dtype, device);
+      const auto again = run(p, dtype, device);
+      for (size_t i = 0; i < once.size(); ++i) {
+        EXPECT_TRUE(bit_equal(once[i], again[i])) << s << ": " << kNames[i];
+      }
+    }
+  }
 }
 
 TEST(HyenaFir, RunsAndThreadCountsGiveTheSameBits) {
@@ -457,20 +496,25 @@ TEST(HyenaFir, RunsAndThreadCountsGiveTheSameBits) {
   for (size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(bit_equal(one[i], two[i])) << kNames[i];
 }
 
-TEST(HyenaFir, EmptyBatchesAndLengthsBehave) {
+void expect_empty_behaves(at::ScalarType dtype, at::Device device) {
   const Problem p = make_problem({2, 0, 6, 2, 5});
-  const auto got = run(p, at::kDouble);
+  const auto got = run(p, dtype, device);
+  const auto same = [&](const Tensor& x, const Tensor& want) {
+    return bit_equal(x, want.to(device, x.scalar_type()));
+  };
   EXPECT_EQ(got[0].sizes(), at::IntArrayRef({2, 0, 6}));
-  EXPECT_TRUE(bit_equal(got[1], p.inputs[4]));
-  EXPECT_TRUE(bit_equal(got[2], p.inputs[5]));
+  EXPECT_TRUE(same(got[1], p.inputs[4]));
+  EXPECT_TRUE(same(got[2], p.inputs[5]));
   for (const size_t i : {4, 5, 6}) EXPECT_EQ(got[i].abs().max().item<double>(), 0.0) << kNames[i];
-  EXPECT_TRUE(bit_equal(got[7], p.upstream[1]));
-  EXPECT_TRUE(bit_equal(got[8], p.upstream[2]));
+  EXPECT_TRUE(same(got[7], p.upstream[1]));
+  EXPECT_TRUE(same(got[8], p.upstream[2]));
 
-  const auto none = run(make_problem({0, 4, 6, 2, 5}), at::kDouble);
+  const auto none = run(make_problem({0, 4, 6, 2, 5}), dtype, device);
   EXPECT_EQ(none[0].sizes(), at::IntArrayRef({0, 4, 6}));
   for (const size_t i : {4, 5, 6}) EXPECT_EQ(none[i].abs().max().item<double>(), 0.0) << kNames[i];
 }
+
+TEST(HyenaFir, EmptyBatchesAndLengthsBehave) { expect_empty_behaves(at::kDouble, at::kCPU); }
 
 TEST(HyenaFir, MetaTensorsGiveShapes) {
   const auto meta = at::TensorOptions().dtype(at::kBFloat16).device(at::kMeta);
@@ -515,6 +559,110 @@ TEST(HyenaFir, RefusesBadInputsByName) {
   expect_refused(with(5, good[5].to(at::kBFloat16)), {"inner_state is BFloat16", "Float"});
 }
 
+using kernels::DType;
+using kernels::FirMarch;
+
+/// A problem of hyena_fir whose tensors lie at addresses that are never read.
+kernels::FirBwdParams plan_problem(const Shape& s) {
+  const auto* aligned = reinterpret_cast<const void*>(uintptr_t{4096});
+  kernels::FirBwdParams p{};
+  p.batch = s.B;
+  p.length = s.L;
+  p.width = s.D;
+  p.groups = s.G;
+  p.num_taps = s.W;
+  p.x = p.dy = p.featurizer = p.taps = aligned;
+  p.x_stride_l = 3 * s.D;
+  p.x_stride_b = s.L * p.x_stride_l;
+  p.dy_stride_l = s.D;
+  p.dy_stride_b = s.L * s.D;
+  return p;
+}
+
+TEST(HyenaFirPlan, MarchTakesFewGatedTaps) {
+  for (const int64_t W : {1, 7, 14}) {
+    EXPECT_TRUE(fir_march_takes(plan_problem({1, 9, 64, 4, W}), DType::kFloat32));
+    EXPECT_TRUE(fir_march_takes(plan_problem({1, 9, 64, 4, W}), DType::kBFloat16));
+    EXPECT_FALSE(fir_march_takes(plan_problem({1, 9, 64, 4, W}), DType::kFloat64));
+  }
+  EXPECT_FALSE(fir_march_takes(plan_problem({1, 9, 64, 4, 15}), DType::kFloat32));
+  EXPECT_FALSE(fir_march_takes(plan_problem({70000, 9, 64, 4, 7}), DType::kFloat32));
+  auto ungated = plan_problem({1, 9, 64, 4, 7});
+  ungated.featurizer = nullptr;
+  EXPECT_FALSE(fir_march_takes(ungated, DType::kFloat32));
+  EXPECT_FALSE(fir_march_fwd_plan(ungated, DType::kFloat32));
+}
+
+TEST(HyenaFirPlan, ThreadsOwnAsManyChannelsAsGroupsAndAlignmentAllow) {
+  const auto expect = [](const kernels::FirBwdParams& p, DType dtype, const char* fwd,
+                         const char* bwd, int unit) {
+    const FirMarch forward = fir_march_fwd_plan(p, dtype), backward = fir_march_bwd_plan(p, dtype);
+    EXPECT_STREQ(forward.name, fwd);
+    EXPECT_STREQ(backward.name, bwd);
+    EXPECT_EQ(forward.unit, unit);
+  };
+  constexpr auto kBF16 = DType::kBFloat16, kF32 = DType::kFloat32;
+  expect(plan_problem({1, 99, 4096, 256, 7}), kBF16, "march_v4_w7", "march_v2_w7", 16);
+  expect(plan_problem({1, 99, 4096, 256, 7}), kF32, "march_v2_w7", "march_v1_w7", 16);
+  expect(plan_problem({1, 99, 4096, 256, 4}), kBF16, "march_v4_w4", "march_v2_w4", 16);
+  expect(plan_problem({1, 99, 4096, 256, 1}), kBF16, "march_v4_w4", "march_v2_w4", 16);
+  expect(plan_problem({1, 99, 4096, 256, 8}), kBF16, "march_v4_w14", "march_v2_w14", 16);
+  expect(plan_problem({1, 99, 4096, 2048, 7}), kBF16, "march_v1_w7", "march_v2_w7", 16);
+  expect(plan_problem({1, 99, 4096, 4096, 7}), kBF16, "march_v1_w7", "march_v1_w7", 16);
+  expect(plan_problem({1, 99, 4100, 1025, 7}), kBF16, "march_v1_w7", "march_v1_w7", 2);
+  expect(plan_problem({1, 99, 4100, 1025, 7}), kF32, "march_v2_w7", "march_v1_w7", 16);
+  expect(plan_problem({8, 1, 4096, 256, 7}), kBF16, "step_v4", "march_v2_w7", 16);
+  auto odd = plan_problem({2, 99, 64, 4, 7});
+  odd.x = reinterpret_cast<const void*>(uintptr_t{4096 + 8});
+  expect(odd, kBF16, "march_v1_w7", "march_v1_w7", 2);
+  odd = plan_problem({2, 99, 64, 4, 7});
+  odd.x_stride_l += 4;
+  expect(odd, kBF16, "march_v1_w7", "march_v1_w7", 2);
+  odd = plan_problem({2, 99, 64, 4, 7});
+  odd.x_stride_b += 4;
+  expect(odd, kBF16, "march_v1_w7", "march_v1_w7", 2);
+  odd.batch = 1;  // a stride that nothing uses
+  expect(odd, kBF16, "march_v4_w7", "march_v2_w7", 16);
+  odd.dy_stride_l = 65;  // of the backward alone
+  expect(odd, kBF16, "march_v4_w7", "march_v1_w7", 16);
+}
+
+TEST(HyenaFirPlan, StripsCoverTimeAndFillTheMachine) {
+  for (const Shape& s :
+       {Shape{1, 0, 64, 4, 7}, Shape{1, 1, 64, 4, 7}, Shape{2, 33, 64, 4, 14},
+        Shape{1, 1021, 1024, 64, 7}, Shape{1, 2048, 4096, 256, 7}, Shape{1, 131072, 4096, 256, 7},
+        Shape{8, 2048, 4096, 256, 7}, Shape{12, 2048, 4096, 256, 7}, Shape{64, 1, 4096, 256, 7},
+        Shape{300, 77, 256, 16, 4}}) {
+    const auto p = plan_problem(s);
+    for (const FirMarch& plan :
+         {fir_march_fwd_plan(p, DType::kBFloat16), fir_march_bwd_plan(p, DType::kBFloat16)}) {
+      EXPECT_EQ(plan.steps % 8, 0) << s;
+      EXPECT_GE(plan.steps, 32 < s.L ? 32 : 8) << s;
+      EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
+      EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), std::max<int64_t>(1, s.L)) << s;
+      EXPECT_GE(plan.columns * kernels::kFirMarchThreads * plan.vector, s.D) << s;
+    }
+  }
+  // One strip for each multiprocessor, or as near as whole strips come.
+  const auto strips = [](const Shape& s) {
+    return std::pair{fir_march_fwd_plan(plan_problem(s), DType::kBFloat16).strips,
+                     fir_march_bwd_plan(plan_problem(s), DType::kBFloat16).strips};
+  };
+  EXPECT_EQ(strips({1, 8192, 4096, 256, 7}), std::pair(16, 8));
+  EXPECT_EQ(strips({4, 8192, 4096, 256, 7}), std::pair(4, 2));
+  EXPECT_EQ(strips({8, 8192, 4096, 256, 7}), std::pair(2, 1));
+  EXPECT_EQ(strips({1, 8192, 2048, 128, 7}), std::pair(32, 16));
+}
+
+TEST(HyenaFirPlan, MarchNeedsNoWorkspaceOfTheSequencesSize) {
+  const auto p = plan_problem({1, 131072, 4096, 256, 7});
+  const FirMarch plan = fir_march_bwd_plan(p, DType::kBFloat16);
+  const kernels::FirWorkspace sizes = fir_march_workspace(p, plan);
+  EXPECT_EQ(sizes.u + sizes.packed_taps + sizes.dq + sizes.dc, 0);
+  EXPECT_EQ(sizes.featurizer_partial, plan.strips * 9 * 4096);
+  EXPECT_EQ(sizes.taps_partial, plan.strips * (4096 + 6 * 2048));
+}
+
 TEST(HyenaFirCuda, GoldenVectorsInFloat) {
   SKIP_WITHOUT_CUDA();
   expect_golden(at::kFloat, at::kCUDA);
@@ -542,6 +690,91 @@ TEST(HyenaFirCuda, AnySplitAndSteppingGiveTheSameBits) {
 TEST(HyenaFirCuda, HonoursStrides) {
   SKIP_WITHOUT_CUDA();
   expect_strides_honoured(at::kCUDA);
+}
+TEST(HyenaFirCuda, GradientsFlowThroughCarriedStates) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& s :
+       {Shape{2, 60, 12, 3, 31}, Shape{2, 60, 16, 4, 7}, Shape{1, 60, 64, 4, 14}}) {
+    expect_gradients_through_states(s, at::kFloat, at::kCUDA, 2e-6);
+  }
+}
+TEST(HyenaFirCuda, ParametersMayBeFloatUnderAnyInput) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& s : {Shape{2, 37, 20, 4, 7}, Shape{2, 137, 64, 4, 7}, Shape{3, 1, 64, 4, 14}}) {
+    for (const auto dtype : {at::kDouble, at::kBFloat16}) {
+      expect_float_parameters(dtype, at::kCUDA, s);
+    }
+  }
+}
+TEST(HyenaFirCuda, EmptyBatchesAndLengthsBehave) {
+  SKIP_WITHOUT_CUDA();
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    expect_empty_behaves(dtype, at::kCUDA);
+  }
+}
+
+/// Without states in or out, as in training, the march takes its shortest way.
+TEST(HyenaFirCuda, RunsWithoutStatesMatchTheDenseComputation) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& s : {Shape{1, 64, 64, 4, 7}, Shape{2, 96, 48, 3, 4}, Shape{1, 88, 64, 4, 14},
+                         Shape{2, 104, 272, 17, 7}, Shape{1, 5, 16, 1, 7}}) {
+    Problem p = make_problem(s);
+    for (const size_t i : {3, 4, 5}) p.inputs[i].zero_();  // no skip either
+    for (const size_t i : {1, 2}) p.upstream[i].zero_();
+    const auto want = run(dense, p, at::kDouble, at::kCPU, at::kDouble);
+    std::vector<Tensor> leaves;
+    for (const size_t i : {0, 1, 2}) {
+      leaves.push_back(p.inputs[i].to(at::kCUDA, at::kFloat).requires_grad_(true));
+    }
+    const auto [y, state] = ops::hyena_fir(leaves[0], leaves[1], leaves[2], std::nullopt);
+    const auto gradients =
+        torch::autograd::grad({y}, leaves, {p.upstream[0].to(at::kCUDA, at::kFloat)});
+    EXPECT_LE(relative_rms(y, want[0]), 2e-6) << s;
+    for (const size_t i : {0, 1, 2}) {
+      EXPECT_LE(relative_rms(gradients[i], want[3 + i]), 2e-6) << s << ": " << kNames[3 + i];
+    }
+  }
+}
+
+TEST(HyenaFirCuda, NamesItsKernel) {
+  SKIP_WITHOUT_CUDA();
+  const auto kernels_of = [](const Shape& s, at::ScalarType dtype) {
+    const Problem p = make_problem(s);
+    const Tensor z = p.inputs[0].to(at::kCUDA, dtype).requires_grad_(true);
+    const Tensor y = std::get<0>(ops::hyena_fir(z, p.inputs[1].to(at::kCUDA, dtype),
+                                                p.inputs[2].to(at::kCUDA, dtype), std::nullopt));
+    const std::string forward = ops::last_kernel();
+    torch::autograd::grad({y}, {z}, {p.upstream[0].to(at::kCUDA, dtype)});
+    return forward + " " + ops::last_kernel();
+  };
+  EXPECT_EQ(kernels_of({1, 40, 64, 4, 7}, at::kBFloat16), "march_v4_w7 march_v2_w7");
+  EXPECT_EQ(kernels_of({1, 40, 64, 4, 12}, at::kFloat), "march_v2_w14 march_v1_w14");
+  EXPECT_EQ(kernels_of({3, 1, 64, 4, 7}, at::kBFloat16), "step_v4 march_v2_w7");
+  EXPECT_EQ(kernels_of({1, 40, 64, 4, 15}, at::kFloat), "stages stages");
+  EXPECT_EQ(kernels_of({1, 40, 64, 4, 7}, at::kDouble), "stages stages");
+}
+
+/// Rows of z inside wider rows, aligned and not: the channels of a thread change, its bits do not.
+TEST(HyenaFirCuda, StridedRowsGiveTheSameBits) {
+  SKIP_WITHOUT_CUDA();
+  const Problem p = make_problem({2, 131, 64, 4, 7});
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) {
+    std::vector<Tensor> in;
+    for (const Tensor& t : p.inputs) in.push_back(t.to(at::kCUDA, dtype));
+    in[5] = p.inputs[5].to(at::kCUDA, at::kFloat);
+    const auto want = call(in);
+    for (const int64_t shift : {0, 1, 8}) {
+      const Tensor wide = at::full({2, 131, 3 * 64 + 16}, std::nan(""), in[0].options());
+      std::vector<Tensor> strided = in;
+      strided[0] = wide.slice(2, shift, shift + 3 * 64);
+      strided[0].copy_(in[0]);
+      const auto got = call(strided);
+      for (size_t i = 0; i < got.size(); ++i) {
+        EXPECT_TRUE(bit_equal(got[i], want[i])) << shift << ": " << kNames[i];
+      }
+    }
+  }
 }
 TEST(HyenaFirCuda, RunsGiveTheSameBits) {
   SKIP_WITHOUT_CUDA();

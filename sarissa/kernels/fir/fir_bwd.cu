@@ -1,6 +1,7 @@
 // Backward of the FIR family for any shape. Sums over time are partial per chunk and added up in
-// order: no atomics, the same bits every run.
+// order: no atomics, the same bits every run. Few gated taps go to the march.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
+#include "sarissa/kernels/fir/fir_march.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -174,8 +175,8 @@ Status run(const FirBwdParams& params, cudaStream_t stream) {
   fir_sum_groups_kernel<T><<<grid_of(p.G * p.W), 256, 0, stream>>>(p);
   const int64_t tiles = ceil_div<int64_t>(p.L + p.W - 1, kFirCudaTile);
   if (tiles > 0) fir_bwd_input_kernel<T><<<grid_of(p.B * tiles * p.D), 256, 0, stream>>>(p);
-  if (p.featurizer == nullptr) return launch_status();
-  return featurizer_bwd_launch<T>(
+  if (p.featurizer == nullptr) return launch_status("stages");
+  const Status status = featurizer_bwd_launch<T>(
       {
           .batch = p.B,
           .length = p.L,
@@ -193,12 +194,16 @@ Status run(const FirBwdParams& params, cudaStream_t stream) {
           .d_f_partial = static_cast<C*>(params.featurizer_partial),
       },
       static_cast<C*>(params.d_featurizer), stream);
+  return {status.error, "stages"};
 }
 
 }  // namespace
 
 Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  if (const FirMarch plan = fir_march_bwd_plan(params, dtype)) {
+    return fir_march_bwd(params, plan, dtype, s);
+  }
   switch (dtype) {
     case DType::kFloat64:
       return run<double>(params, s);

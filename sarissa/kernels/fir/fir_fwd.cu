@@ -1,6 +1,7 @@
 // Forward of the FIR family for any shape: u is stored with its history, then each thread sums the
-// taps for a few steps of one channel.
+// taps for a few steps of one channel. Few gated taps go to the march.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
+#include "sarissa/kernels/fir/fir_march.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -35,13 +36,17 @@ Status run(const FirParams& params, cudaStream_t stream) {
     const int64_t items = p.B * ceil_div<int64_t>(p.L, kFirCudaTile) * p.D;
     fir_fwd_kernel<T><<<grid_of(items), 256, 0, stream>>>(p);
   }
-  return launch_status();
+  return launch_status("stages");
 }
 
 }  // namespace
 
 Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  if (const FirMarch plan = fir_march_fwd_plan(params, dtype)) {
+    return params.length == 1 ? fir_march_step(params, plan, dtype, s)
+                              : fir_march_fwd(params, plan, dtype, s);
+  }
   switch (dtype) {
     case DType::kFloat64:
       return run<double>(params, s);

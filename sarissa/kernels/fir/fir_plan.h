@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "sarissa/kernels/fir/fir.h"
 
@@ -87,6 +88,118 @@ inline FirWorkspace fir_workspace_cpu(const FirParams& p, int64_t bytes_per_elem
       .dc = gated * p.batch * p.length * p.width,
       .taps_partial = p.batch * fir_gradient_chunks(p) * taps,
       .featurizer_partial = gated * p.batch * chunks * 3 * 3 * p.width,
+  };
+}
+
+/// Threads of a block of the marching kernels.
+constexpr int kFirMarchThreads = 128;
+
+/// Multiprocessors for which the march cuts time: those of an H100. Not the actual GPU's, so that
+/// gradients have the same bits everywhere.
+constexpr int kFirMultiprocessors = 132;
+
+/// Neighbouring channels of a thread of the march, in bytes, where the groups allow it.
+constexpr int kFirMarchFwdBytes = 8, kFirMarchBwdBytes = 4;
+
+/// How the marching kernels of hyena_fir take a problem: a thread owns `vector` neighbouring
+/// channels and a strip of `steps` steps.
+struct FirMarch {
+  int vector = 0;  // 0: the march does not take the problem
+  int unit = 0;    // bytes that an instruction copies: 16, or an element where rows are not aligned
+  int taps = 0;    // the kernel's W; taps that the problem lacks are zero
+  int group_width = 0;  // channels that share taps
+  int columns = 0;      // blocks side by side that hold all channels
+  int steps = 0, strips = 0;
+  const char* name = nullptr;
+
+  explicit operator bool() const { return vector > 0; }
+};
+
+/// The march takes hyena_fir with up to 14 taps, and counts in 32 bits.
+inline bool fir_march_takes(const FirParams& p, DType dtype) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  return p.featurizer != nullptr && dtype != DType::kFloat64 && p.num_taps <= 14 &&
+         p.length <= kMost && p.width * 16 <= kMost && p.batch <= 65535;
+}
+
+/// How many strips to cut the time into, `blocks` for each of them. A multiprocessor takes one
+/// block at a time, so the march lasts as long as the strips that one takes in turn, each with some
+/// steps of overhead.
+inline int fir_march_strips(int64_t blocks, int64_t length, int64_t overhead) {
+  constexpr int64_t kShortest = 32, kMostTurns = 4;
+  const int64_t most =
+      std::max<int64_t>(1, std::min(length / kShortest, kMostTurns * kFirMultiprocessors / blocks));
+  int64_t best = 1, best_steps = std::numeric_limits<int64_t>::max();
+  for (int64_t strips = 1; strips <= most; ++strips) {
+    const int64_t turns = fir_ceil_div(blocks * strips, kFirMultiprocessors);
+    const int64_t steps = turns * (fir_ceil_div(length, strips) + overhead);
+    if (steps < best_steps) {
+      best = strips;
+      best_steps = steps;
+    }
+  }
+  return static_cast<int>(best);
+}
+
+/// The plan with `bytes` of neighbouring channels per thread, or one channel where a group is no
+/// multiple of that. Rows of z and dy are copied in units of 16 bytes where they are so aligned.
+/// (What the operator allocates is.)
+inline FirMarch fir_march_plan(const FirParams& p, DType dtype, int bytes, const void* dy,
+                               int64_t dy_stride_b, int64_t dy_stride_l) {
+  FirMarch plan;
+  if (!fir_march_takes(p, dtype)) return plan;
+  const int element = dtype == DType::kFloat32 ? 4 : 2;
+  const auto aligned = [&](const void* row, int64_t stride_b, int64_t stride_l) {
+    const int64_t elements = 16 / element;
+    return reinterpret_cast<uintptr_t>(row) % 16 == 0 &&
+           (p.batch == 1 || stride_b % elements == 0) &&
+           (p.length == 1 || stride_l % elements == 0);
+  };
+  const bool wide = p.width % (16 / element) == 0 && aligned(p.x, p.x_stride_b, p.x_stride_l) &&
+                    aligned(dy, dy_stride_b, dy_stride_l) && aligned(p.featurizer_state, 0, 0) &&
+                    aligned(p.featurizer, 0, 0) && aligned(p.state, 0, 0);
+  plan.group_width = static_cast<int>(p.width / p.groups);
+  plan.unit = wide ? 16 : element;
+  plan.vector = wide && plan.group_width % (bytes / element) == 0 ? bytes / element : 1;
+  constexpr int kTaps[] = {4, 7, 14};
+  const int taps = p.num_taps <= kTaps[0] ? 0 : p.num_taps <= kTaps[1] ? 1 : 2;
+  plan.taps = kTaps[taps];
+  constexpr const char* kNames[3][3] = {{"march_v1_w4", "march_v1_w7", "march_v1_w14"},
+                                        {"march_v2_w4", "march_v2_w7", "march_v2_w14"},
+                                        {"march_v4_w4", "march_v4_w7", "march_v4_w14"}};
+  plan.name = kNames[plan.vector / 2][taps];
+
+  plan.columns = static_cast<int>(fir_ceil_div(p.width, kFirMarchThreads * plan.vector));
+  const int64_t length = std::max<int64_t>(1, p.length);
+  const int64_t strips = fir_march_strips(plan.columns * p.batch, length, 16 + plan.taps);
+  constexpr int64_t kGroup = 8;  // rows that the kernels unroll
+  plan.steps = static_cast<int>(fir_ceil_div(fir_ceil_div(length, strips), kGroup) * kGroup);
+  plan.strips = static_cast<int>(fir_ceil_div(length, plan.steps));
+  return plan;
+}
+
+inline FirMarch fir_march_fwd_plan(const FirParams& p, DType dtype) {
+  constexpr const char* kStepNames[] = {"step_v1", "step_v2", "step_v4"};
+  FirMarch plan = fir_march_plan(p, dtype, kFirMarchFwdBytes, nullptr, 0, 0);
+  if (plan && p.length == 1) plan.name = kStepNames[plan.vector / 2];
+  return plan;
+}
+inline FirMarch fir_march_bwd_plan(const FirBwdParams& p, DType dtype) {
+  return fir_march_plan(p, dtype, kFirMarchBwdBytes, p.dy, p.dy_stride_b, p.dy_stride_l);
+}
+
+/// The march's workspace, for the backward alone: of each strip, featurizer_partial [B, strips, 3D,
+/// 3]; taps_partial [B, strips, D + (W-1) D / vector], tap 0 of each channel, then the other taps
+/// of each thread.
+inline FirWorkspace fir_march_workspace(const FirParams& p, const FirMarch& plan) {
+  const int64_t partials = p.batch * plan.strips;
+  return {
+      .u = 0,
+      .packed_taps = 0,
+      .dq = 0,
+      .dc = 0,
+      .taps_partial = partials * (p.width + (p.num_taps - 1) * (p.width / plan.vector)),
+      .featurizer_partial = partials * 9 * p.width,
   };
 }
 
