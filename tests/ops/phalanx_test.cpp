@@ -372,17 +372,23 @@ TEST(PhalanxCuda, MarchingKernels) {
   for (const bool with_state : {false, true}) {
     for (const int64_t window : {8, 15, 16, 17, 32, 33, 48, 64, 100, 128, 256}) {
       for (const int64_t length : {2, 255, 256, 257, 523}) {
-        check({2, length, 5, 5, 16, window, 0.9}, at::kBFloat16, with_state);
+        check({2, length, 6, 6, 16, window, 0.9}, at::kBFloat16, with_state);
       }
       check({3, 301, 3, 3, 8, window}, at::kFloat, with_state);
     }
     for (const int64_t width : {8, 16, 32, 64}) {
-      check({2, 211, 9, 9, width, 16}, at::kBFloat16, with_state);
-      check({2, 211, 9, 9, width, 80}, at::kBFloat16, with_state);
+      check({2, 211, 10, 10, width, 16}, at::kBFloat16, with_state);
+      check({2, 211, 10, 10, width, 80}, at::kBFloat16, with_state);
     }
     check({1, 4099, 256, 256, 16, 16}, at::kBFloat16, with_state);
     check({1, 4099, 256, 256, 16, 128}, at::kBFloat16, with_state);
     check({2, 1030, 64, 64, 16, 64}, at::kBFloat16, with_state);
+    for (const int64_t kv_heads : {1, 3, 10}) {  // shared by 2 and by 4 heads
+      for (const int64_t window : {16, 32, 64}) {
+        check({2, 301, 2 * kv_heads, kv_heads, 16, window}, at::kBFloat16, with_state);
+        check({1, 301, 4 * kv_heads, kv_heads, 16, window}, at::kFloat, with_state);
+      }
+    }
   }
 }
 // The chained kernels: the full recurrence, and the forward of windows that divide a tile; lengths
@@ -402,16 +408,16 @@ TEST(PhalanxCuda, ChainedKernels) {
   };
   for (const int64_t length : {17, 127, 128, 129, 500, 2049}) {
     for (const bool with_state : {false, true}) {
-      check({2, length, 5, 5, 16, kFullRecurrence, 0.9}, at::kBFloat16, with_state);
+      check({2, length, 6, 6, 16, kFullRecurrence, 0.9}, at::kBFloat16, with_state);
       check({1, length, 3, 3, 8, kFullRecurrence}, at::kFloat, with_state);
     }
     for (const int64_t window : {32, 64, 128}) {
-      check({2, length, 5, 5, 16, window, 0.9}, at::kBFloat16, false);
+      check({2, length, 6, 6, 16, window, 0.9}, at::kBFloat16, false);
       check({1, length, 3, 3, 16, window}, at::kFloat, false);
     }
   }
   check({1, 512, 256, 256, 16, 64}, at::kBFloat16, false);
-  check({1, 8190, 9, 9, 32, kFullRecurrence}, at::kBFloat16, true);
+  check({1, 8190, 10, 10, 32, kFullRecurrence}, at::kBFloat16, true);
 }
 TEST(PhalanxCuda, LargeProblemsMatchTheCpu) {
   SKIP_WITHOUT_CUDA();

@@ -106,6 +106,20 @@ Status swr_chained_fwd(const SwrFwdParams& params, DType dtype, void* stream);
 bool swr_chained_bwd_fits(const SwrBwdParams& params, DType dtype);
 Status swr_chained_bwd(const SwrBwdParams& params, DType dtype, void* stream);
 
+/// Whether a thread may own V neighbouring channels: all its accesses are aligned, and the channels
+/// share a head.
+template <class T, int V>
+bool swr_vectors_fit(const SwrFwdParams& params) {
+  const SwrInputs& in = params.in;
+  const bool gates = !in.gated || (vector_aligned<T, V>(in.b, {in.gate_batch, in.gate_step}) &&
+                                   vector_aligned<T, V>(in.c, {}));
+  return in.width % V == 0 && vector_aligned<T, V>(in.u, {in.u_batch, in.u_step, in.u_head}) &&
+         gates && vector_aligned<T, V>(params.x, {});
+}
+
+/// A forward of one step.
+Status swr_step_cuda(const SwrFwdParams& params, DType dtype, void* stream);
+
 /// Calls run.template operator()<T>() for the element type.
 template <class Run>
 Status swr_with_dtype(DType dtype, const Run& run) {

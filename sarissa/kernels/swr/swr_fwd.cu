@@ -182,22 +182,11 @@ Status choose(const SwrFwdParams& params, cudaStream_t stream) {
   return launch<T, V, kGated, false, false>(params, stream);
 }
 
-// Whether a thread may own V neighbouring channels: all its accesses are aligned, and the channels
-// share a head.
-template <class T, int V>
-bool fits(const SwrFwdParams& params) {
-  const SwrInputs& in = params.in;
-  const bool gates = !in.gated || (vector_aligned<T, V>(in.b, {in.gate_batch, in.gate_step}) &&
-                                   vector_aligned<T, V>(in.c, {}));
-  return in.width % V == 0 && vector_aligned<T, V>(in.u, {in.u_batch, in.u_step, in.u_head}) &&
-         gates && vector_aligned<T, V>(params.x, {});
-}
-
 template <class T, bool kGated>
 Status choose_vector(const SwrFwdParams& params, cudaStream_t stream) {
   constexpr int V = 8 / sizeof(T);  // 8 bytes: with 128 threads a row segment is 1 KiB
   if constexpr (V > 1) {
-    if (fits<T, V>(params)) return choose<T, V, kGated>(params, stream);
+    if (swr_vectors_fit<T, V>(params)) return choose<T, V, kGated>(params, stream);
   }
   return choose<T, 1, kGated>(params, stream);
 }
@@ -205,6 +194,9 @@ Status choose_vector(const SwrFwdParams& params, cudaStream_t stream) {
 }  // namespace
 
 Status swr_fwd_cuda(const SwrFwdParams& params, DType dtype, void* stream) {
+  if (params.in.length == 1 && params.saved.states == nullptr) {
+    return swr_step_cuda(params, dtype, stream);
+  }
   if (swr_chained_fwd_fits(params, dtype)) return swr_chained_fwd(params, dtype, stream);
   return swr_with_dtype(dtype, [&]<class T>() {
     const auto s = static_cast<cudaStream_t>(stream);
