@@ -381,7 +381,7 @@ class Bench:
         self.facts = facts(self.device)
         self.l2_bytes = 0
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.device.index or 0)
             self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.json = open(options.json, "w") if options.json else None
         self.timed = 0

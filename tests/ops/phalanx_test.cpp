@@ -326,6 +326,13 @@ TEST(Phalanx, RefusesBadInputs) {
 
 // ---- the same on a GPU
 
+// A product of a hundred small coefficients is below what single precision can hold: there it may be
+// anything just as small.
+Named without_tiny_products(Named named) {
+  named["r"] = named["r"].masked_fill(named["r"] < 1e-30, 0.0);
+  return named;
+}
+
 TEST(PhalanxCuda, Golden) {
   SKIP_WITHOUT_CUDA();
   check_golden(at::kCUDA, at::kDouble);
@@ -366,7 +373,8 @@ TEST(PhalanxCuda, MarchingKernels) {
     const char* const expected = s.window > 32 ? "march_saved" : "march_folded";
     EXPECT_TRUE(kernel.starts_with(expected)) << s.describe() << ": " << kernel;
     const Named want = run(op(s), c.to(at::kCPU, dtype).to(at::kCPU, at::kDouble));
-    expect_near(got, want, dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
+    expect_near(without_tiny_products(got), without_tiny_products(want),
+                dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
     expect_bit_equal(run(op(s), c), got, s.describe());
   };
   for (const bool with_state : {false, true}) {
@@ -403,7 +411,8 @@ TEST(PhalanxCuda, ChainedKernels) {
     const Named got = run(op(s), c);
     if (s.window == kFullRecurrence) EXPECT_EQ(ops::last_kernel(), "chained") << s.describe();
     const Named want = run(op(s), c.to(at::kCPU, dtype).to(at::kCPU, at::kDouble));
-    expect_near(got, want, dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
+    expect_near(without_tiny_products(got), without_tiny_products(want),
+                dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
     expect_bit_equal(run(op(s), c), got, s.describe());
   };
   for (const int64_t length : {17, 127, 128, 129, 500, 2049}) {
