@@ -326,8 +326,8 @@ TEST(Phalanx, RefusesBadInputs) {
 
 // ---- the same on a GPU
 
-// A product of a hundred small coefficients is below what single precision can hold: there it may be
-// anything just as small.
+// A product of a hundred small coefficients is below what single precision can hold: there it may
+// be anything just as small.
 Named without_tiny_products(Named named) {
   named["r"] = named["r"].masked_fill(named["r"] < 1e-30, 0.0);
   return named;
