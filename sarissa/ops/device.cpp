@@ -7,6 +7,7 @@
 #include <filesystem>
 
 #include "sarissa/base/error.h"
+#include "sarissa/base/log.h"
 #include "sarissa/kernels/cuda_kernels.h"
 
 namespace sarissa::ops {
@@ -15,6 +16,22 @@ namespace {
 // libtorch_cuda's C function (torch/csrc/inductor/aoti_torch/c/shim.h), resolved at run time so
 // that nothing here links libtorch_cuda.
 using GetCurrentStream = int32_t (*)(int32_t device_index, void** stream);
+
+// Says so when the driver must compile the kernels from PTX, so that a first run that seems to hang has
+// its reason on the screen. Native code: cmake/nvcc.cmake, 8.0 (runs on all of 8.x) and 9.0.
+void note_missing_native_code(void* driver) {
+  auto attribute =
+      reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+  constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+  int major = 0, minor = 0;
+  if (attribute == nullptr || attribute(&major, kMajor, 0) != 0 ||
+      attribute(&minor, kMinor, 0) != 0) {
+    return;
+  }
+  if (major == 8 || (major == 9 && minor == 0)) return;
+  log_info("no native kernels for compute capability ", major, ".", minor,
+           ": the driver compiles them at their first use and keeps them");
+}
 
 struct Cuda {
   std::string reason;
@@ -55,6 +72,7 @@ Cuda load_cuda() {
     return {.reason = str(path.string(), " or libtorch_cuda.so is of another version; rebuild")};
   }
   cuda.kernels = table();
+  note_missing_native_code(driver);
   return cuda;
 }
 
