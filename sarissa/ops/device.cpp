@@ -17,11 +17,10 @@ namespace {
 // that nothing here links libtorch_cuda.
 using GetCurrentStream = int32_t (*)(int32_t device_index, void** stream);
 
-// Says so when the driver must compile the kernels from PTX, so that a first run that seems to hang has
-// its reason on the screen. Native code: cmake/nvcc.cmake, 8.0 (runs on all of 8.x) and 9.0.
+// Says so when the driver must compile the kernels from PTX, so that a first run that seems to hang
+// has its reason on the screen. Native code: cmake/nvcc.cmake, 8.0 (runs on all of 8.x) and 9.0.
 void note_missing_native_code(void* driver) {
-  auto attribute =
-      reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
+  auto attribute = reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute"));
   constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
   int major = 0, minor = 0;
   if (attribute == nullptr || attribute(&major, kMajor, 0) != 0 ||

@@ -409,7 +409,9 @@ TEST(PhalanxCuda, ChainedKernels) {
     op(s)(c.inputs, c.state);
     EXPECT_EQ(ops::last_kernel(), "chained") << s.describe();
     const Named got = run(op(s), c);
-    if (s.window == kFullRecurrence) EXPECT_EQ(ops::last_kernel(), "chained") << s.describe();
+    if (s.window == kFullRecurrence) {
+      EXPECT_EQ(ops::last_kernel(), "chained") << s.describe();
+    }
     const Named want = run(op(s), c.to(at::kCPU, dtype).to(at::kCPU, at::kDouble));
     expect_near(without_tiny_products(got), without_tiny_products(want),
                 dtype == at::kBFloat16 ? 5e-3 : 5e-6, s.describe());
