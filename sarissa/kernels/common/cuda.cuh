@@ -27,6 +27,19 @@ inline Status launch_status(const char* kernel = nullptr) {
   return {e == cudaSuccess ? nullptr : cudaGetErrorString(e), kernel};
 }
 
+/// Lets a kernel have `bytes` of dynamic shared memory. The limit is only ever raised: another
+/// thread may be about to launch the same kernel with more.
+template <class Kernel>
+Status allow_shared_memory(Kernel* kernel, size_t bytes) {
+  cudaFuncAttributes now{};
+  cudaError_t e = cudaFuncGetAttributes(&now, kernel);
+  if (e == cudaSuccess && bytes > static_cast<size_t>(now.maxDynamicSharedSizeBytes)) {
+    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes));
+  }
+  return {e == cudaSuccess ? nullptr : cudaGetErrorString(e)};
+}
+
 /// Multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;

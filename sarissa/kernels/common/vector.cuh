@@ -97,14 +97,27 @@ inline bool vector_aligned(const void* p, std::initializer_list<int64_t> strides
   return aligned;
 }
 
-/// Copies 4 bytes from global to shared memory without waiting; `good` false writes zeros and reads
-/// nothing. Reads of the copied bytes need copies_wait, and by other threads a barrier.
-__device__ inline void copy_async_4(void* shared, const void* global, bool good) {
-  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(global),
-               "r"(good ? 4 : 0)
-               : "memory");
+/// Copies kBytes from global to shared memory without waiting; `good` false writes zeros and reads
+/// nothing. Reads of the copied bytes need copies_wait, and by other threads a barrier. Two bytes
+/// are too few for an asynchronous copy: there the thread waits.
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* global, bool good) {
+  if constexpr (kBytes == 2) {
+    *static_cast<uint16_t*>(shared) = good ? *static_cast<const uint16_t*>(global) : uint16_t{0};
+  } else {
+    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    if constexpr (kBytes == 16) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+                   "r"(good ? 16 : 0)
+                   : "memory");
+    } else {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
+                   "n"(kBytes), "r"(good ? kBytes : 0)
+                   : "memory");
+    }
+  }
 }
+
 /// Ends a group of copies.
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits for all but the last kPending groups of this thread.

@@ -14,26 +14,6 @@ namespace sarissa::kernels {
 
 constexpr int kPost = 0, kPre = 1, kValue = 2;  // the thirds of a row of z
 
-/// Copies kBytes from global to shared memory without waiting; `good` false writes zeros and reads
-/// nothing. Two bytes are too few for an asynchronous copy: there the thread waits.
-template <int kBytes>
-__device__ inline void copy_async(void* shared, const void* global, bool good) {
-  if constexpr (kBytes == 2) {
-    *static_cast<uint16_t*>(shared) = good ? *static_cast<const uint16_t*>(global) : uint16_t{0};
-  } else {
-    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-    if constexpr (kBytes == 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-                   "r"(good ? 16 : 0)
-                   : "memory");
-    } else {
-      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global),
-                   "n"(kBytes), "r"(good ? kBytes : 0)
-                   : "memory");
-    }
-  }
-}
-
 /// Which strip and channels a thread has. Threads beyond the last channel do the work of their
 /// warp's first lane once more. The strip after the last one has no steps.
 struct FirStrip {
@@ -264,12 +244,8 @@ inline int fir_march_shared(const FirParams& p, const FirMarch& plan, int bytes)
 template <class Params>
 Status fir_march_launch(void (*kernel)(Params, FirMarch), dim3 grid, int shared,
                         cudaStream_t stream, const Params& p, const FirMarch& plan) {
-  cudaFuncAttributes now{};
-  cudaError_t e = cudaFuncGetAttributes(&now, kernel);
-  if (e == cudaSuccess && shared > now.maxDynamicSharedSizeBytes) {
-    e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  }
-  if (e != cudaSuccess) return {cudaGetErrorString(e)};
+  const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(shared));
+  if (!allowed.ok()) return allowed;
   kernel<<<grid, kFirMarchThreads, shared, stream>>>(p, plan);
   return launch_status(plan.name);
 }

@@ -6,8 +6,7 @@
 // With x the whole state w + r v, `arriving` the adjoint that comes from the right (q, the carry's
 // adjoint, at the block's end) and T the product of all coefficients since r was 1:
 //   x_i = a_i x_(i-1) + u_i      pw_i = dx_i + arriving      arriving <- a_i pw_i
-//   a_i da_i = sum_p [ a_i pw_i x_(i-1) - T q v ]     (from README.md with w = x - r v, p = pw -
-//   ... q)
+//   a_i da_i = sum_p [ a_i pw_i x_(i-1) - T q v ]     (README.md, with w = x - r v)
 // so one state and one adjoint march instead of two each, and nothing is divided by a.
 //
 // A chunk needs x at its start. Short windows: a second cursor, the front, runs ahead of the back
@@ -17,8 +16,8 @@
 //
 // The block to the right of the strip is walked first, for q alone. Steps outside the sequence have
 // a = 1 and zeros. Sums over a head's channels are butterflies over its lanes. No atomics.
+#include "sarissa/kernels/swr/swr_lanes.cuh"
 #include "sarissa/kernels/swr/swr_march.cuh"
-#include "sarissa/kernels/swr/swr_reduce.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -131,8 +130,8 @@ __global__ void __launch_bounds__(kSwrThreads)
 #pragma unroll
     for (int i = 0; i < kChunk; ++i, b += gate_step, v += v_step) {
       const bool good = kInside || (wanted && rows.has(i));
-      copy_async_4(&slot.b[i][tid], b, good);
-      copy_async_4(&slot.v[i][tid], v, good);
+      copy_async<4>(&slot.b[i][tid], b, good);
+      copy_async<4>(&slot.v[i][tid], v, good);
     }
     copies_commit();
   };
@@ -473,9 +472,8 @@ Status launch(const SwrBwdParams& params, cudaStream_t stream) {
   const SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads * in.width, in.window,
                                        sizeof(T), kCtas, multiprocessors());
   const size_t bytes = sizeof(typename M::Shared) + (plan.slots - 1) * sizeof(typename M::Slot);
-  const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(bytes));
-  if (e != cudaSuccess) return {cudaGetErrorString(e)};
+  const Status allowed = allow_shared_memory(kernel, bytes);
+  if (!allowed.ok()) return allowed;
   const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
   kernel<<<ctas, kSwrThreads, bytes, stream>>>(params, plan);
   return launch_status(kSaved ? (kWidth > 0 ? "march_saved_packed" : "march_saved")
@@ -524,47 +522,24 @@ Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
   return launch<T, kLanes, kSaved, 1, 0>(params, stream);
 }
 
-// The lanes of a head, for which there are kernels.
-template <class T, bool kSaved>
-Status launch_with_lanes(const SwrBwdParams& params, cudaStream_t stream) {
-  switch (params.in.width * sizeof(T) / kSwrMarchBytes) {
-    case 4:
-      return launch_width<T, 4, kSaved>(params, stream);
-    case 8:
-      return launch_width<T, 8, kSaved>(params, stream);
-    case 16:
-      return launch_width<T, 16, kSaved>(params, stream);
-    case 32:
-      return launch_width<T, 32, kSaved>(params, stream);
-  }
-  return {"no marching kernel for this head width"};
-}
-
 }  // namespace
 
 bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype) {
   const SwrInputs& in = params.in;
-  const int64_t V = kSwrMarchBytes / (dtype == DType::kBFloat16 ? 2 : 4);
-  const auto aligned = [&](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kSwrMarchBytes == 0;
-  };
   const int64_t group = in.heads / in.kv_heads;
-  return swr_march_inputs_fit(in, dtype) &&
+  return swr_lanes_fit(in, dtype) && in.window >= kSwrMarchMinWindow &&
+         in.length <= kSwrMarchLength &&
          (group == 1 || (in.width == 16 && (group == 2 || group == 4))) &&
-         (!swr_saves(in.window) || params.saved.states != nullptr) && aligned(params.dx) &&
-         params.dx_batch % V == 0 && params.dx_step % V == 0 && params.dx_head % V == 0 &&
-         aligned(params.du) && aligned(params.db) && aligned(params.dc) &&
-         params.du_step % V == 0 && params.dgate_step % V == 0;
+         (!swr_saves(in.window) || params.saved.states != nullptr) &&
+         swr_lane_gradients_fit(params, dtype);
 }
 
 Status swr_bwd_march(const SwrBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  const auto run = [&]<class T>() {
-    return swr_saves(params.in.window) ? launch_with_lanes<T, true>(params, s)
-                                       : launch_with_lanes<T, false>(params, s);
-  };
-  return dtype == DType::kBFloat16 ? run.template operator()<__nv_bfloat16>()
-                                   : run.template operator()<float>();
+  return swr_with_lanes(params.in, dtype, [&]<class T, int kLanes>() {
+    return swr_saves(params.in.window) ? launch_width<T, kLanes, true>(params, s)
+                                       : launch_width<T, kLanes, false>(params, s);
+  });
 }
 
 }  // namespace sarissa::kernels

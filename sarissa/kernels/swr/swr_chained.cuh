@@ -15,10 +15,11 @@
 // for tiles that already run: some tile can always go on, however few CTAs are resident.
 #pragma once
 
-#include "sarissa/kernels/swr/swr_cuda.cuh"
+#include "sarissa/kernels/swr/swr_lanes.cuh"
 
 namespace sarissa::kernels {
 
+constexpr int kChunk = kSwrChunk;
 constexpr int kChainWarps = static_cast<int>(kSwrTile / kSwrChunk);
 constexpr int kChainThreads = 32 * kChainWarps;
 /// Messages that are read at once when looking back: so many links of the chain are made in the
@@ -201,33 +202,13 @@ class ChainDecays {
   bool good_[kPerLane];
 };
 
-/// Calls run.template operator()<T, kLanes>() for a problem that fits.
-template <class Run>
-Status chain_with_lanes(const SwrInputs& in, DType dtype, const Run& run) {
-  const auto with_type = [&]<class T>() -> Status {
-    switch (in.width * static_cast<int64_t>(sizeof(T)) / kSwrMarchBytes) {
-      case 4:
-        return run.template operator()<T, 4>();
-      case 8:
-        return run.template operator()<T, 8>();
-      case 16:
-        return run.template operator()<T, 16>();
-      case 32:
-        return run.template operator()<T, 32>();
-    }
-    return {"no chained kernel for this head width"};
-  };
-  return dtype == DType::kBFloat16 ? with_type.template operator()<__nv_bfloat16>()
-                                   : with_type.template operator()<float>();
-}
-
 /// Clears the chain and launches one CTA per tile.
 template <class Kernel, class Params>
 Status chain_launch(Kernel kernel, const Params& params, const Chain& chain, size_t shared_bytes,
                     cudaStream_t stream) {
-  cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(shared_bytes));
-  if (e == cudaSuccess) e = chain.clear(stream);
+  const Status allowed = allow_shared_memory(kernel, shared_bytes);
+  if (!allowed.ok()) return allowed;
+  const cudaError_t e = chain.clear(stream);
   if (e != cudaSuccess) return {cudaGetErrorString(e)};
   kernel<<<static_cast<unsigned>(chain.ctas()), kChainThreads, shared_bytes, stream>>>(params,
                                                                                        chain);

@@ -5,14 +5,12 @@
 // Its chain is the forward's with dy c for the input. x at the tile's start is what the forward
 // saved (SwrSaved).
 #include "sarissa/kernels/swr/swr_chained.cuh"
-#include "sarissa/kernels/swr/swr_reduce.cuh"
 
 namespace sarissa::kernels {
 namespace {
 
 // A third would fit, with 80 registers, and is slower.
 constexpr int kCtas = 2;
-constexpr int kChunk = kSwrChunk;
 
 template <class T, int kLanes>
 struct BwdShared {
@@ -53,14 +51,14 @@ __global__ void __launch_bounds__(kChainThreads, kCtas)
                   t0 * params.dx_step + at.h * params.dx_head + at.p;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i, c += in.gate_step, dy += params.dx_step) {
-      copy_async_4(&shared.c[i][tid], c, i < at.steps);
-      copy_async_4(&shared.dy[i][tid], dy, i < at.steps);
+      copy_async<4>(&shared.c[i][tid], c, i < at.steps);
+      copy_async<4>(&shared.dy[i][tid], dy, i < at.steps);
     }
     copies_commit();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i, b += in.gate_step, v += in.u_step) {
-      copy_async_4(&shared.b[i][tid], b, i < at.steps);
-      copy_async_4(&shared.v[i][tid], v, i < at.steps);
+      copy_async<4>(&shared.b[i][tid], b, i < at.steps);
+      copy_async<4>(&shared.v[i][tid], v, i < at.steps);
     }
     copies_commit();
   }
@@ -223,19 +221,13 @@ __global__ void __launch_bounds__(kChainThreads, kCtas)
 }  // namespace
 
 bool swr_chained_bwd_fits(const SwrBwdParams& params, DType dtype) {
-  const int64_t V = kSwrMarchBytes / (dtype == DType::kBFloat16 ? 2 : 4);
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kSwrMarchBytes == 0;
-  };
   return params.in.window == 0 && swr_chained_inputs_fit(params.in, dtype) &&
-         params.saved.states != nullptr && params.workspace != nullptr && aligned(params.dx) &&
-         params.dx_batch % V == 0 && params.dx_step % V == 0 && params.dx_head % V == 0 &&
-         aligned(params.du) && aligned(params.db) && aligned(params.dc) &&
-         params.du_step % V == 0 && params.dgate_step % V == 0;
+         params.saved.states != nullptr && params.workspace != nullptr &&
+         swr_lane_gradients_fit(params, dtype);
 }
 
 Status swr_chained_bwd(const SwrBwdParams& params, DType dtype, void* stream) {
-  return chain_with_lanes(params.in, dtype, [&]<class T, int kLanes>() {
+  return swr_with_lanes(params.in, dtype, [&]<class T, int kLanes>() {
     return chain_launch(swr_chained_bwd_kernel<T, kLanes>, params,
                         Chain(params.in, sizeof(T), params.workspace), sizeof(BwdShared<T, kLanes>),
                         static_cast<cudaStream_t>(stream));

@@ -13,7 +13,6 @@ namespace {
 
 // A fourth would fit, with 64 registers, and is slower.
 constexpr int kCtas = 3;
-constexpr int kChunk = kSwrChunk;
 
 template <class T, int kLanes>
 struct FwdShared {
@@ -48,13 +47,13 @@ __global__ void __launch_bounds__(kChainThreads, kCtas)
                  at.h * in.u_head + at.p;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i, b += in.gate_step, v += in.u_step) {
-      copy_async_4(&shared.b[i][tid], b, i < at.steps);
-      copy_async_4(&shared.v[i][tid], v, i < at.steps);
+      copy_async<4>(&shared.b[i][tid], b, i < at.steps);
+      copy_async<4>(&shared.v[i][tid], v, i < at.steps);
     }
     copies_commit();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i, c += in.gate_step) {
-      copy_async_4(&shared.c[i][tid], c, i < at.steps);
+      copy_async<4>(&shared.c[i][tid], c, i < at.steps);
     }
     copies_commit();
   }
@@ -185,19 +184,12 @@ __global__ void __launch_bounds__(kChainThreads, kCtas)
 }  // namespace
 
 bool swr_chained_inputs_fit(const SwrInputs& in, DType dtype) {
-  if (!in.gated || in.kv_heads != in.heads || dtype == DType::kFloat64) return false;
-  const int64_t bytes = dtype == DType::kBFloat16 ? 2 : 4;
-  const int64_t V = kSwrMarchBytes / bytes;
-  const int64_t lanes = in.width / V;
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kSwrMarchBytes == 0;
-  };
-  return in.width % V == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32) &&
-         in.batch > 0 && in.length > kSwrChunk && in.length <= kSwrMarchLength &&
-         swr_tiles(in.length) * in.batch * ceil_div<int64_t>(in.heads * in.width, 32 * V) <=
-             std::numeric_limits<int32_t>::max() &&
-         aligned(in.b) && aligned(in.c) && aligned(in.u) && in.gate_batch % V == 0 &&
-         in.gate_step % V == 0 && in.u_batch % V == 0 && in.u_step % V == 0 && in.u_head % V == 0;
+  if (!swr_lanes_fit(in, dtype) || in.kv_heads != in.heads) return false;
+  const int64_t lane_channels = lanes_detail::channels_of_lane(dtype);
+  return in.batch > 0 && in.length > kSwrChunk && in.length <= kSwrMarchLength &&
+         swr_tiles(in.length) * in.batch *
+                 ceil_div<int64_t>(in.heads * in.width, 32 * lane_channels) <=
+             std::numeric_limits<int32_t>::max();
 }
 
 bool swr_chained_fwd_fits(const SwrFwdParams& params, DType dtype) {
@@ -211,7 +203,7 @@ bool swr_chained_fwd_fits(const SwrFwdParams& params, DType dtype) {
 }
 
 Status swr_chained_fwd(const SwrFwdParams& params, DType dtype, void* stream) {
-  return chain_with_lanes(params.in, dtype, [&]<class T, int kLanes>() -> Status {
+  return swr_with_lanes(params.in, dtype, [&]<class T, int kLanes>() -> Status {
     const auto run = [&](auto kernel) {
       return chain_launch(kernel, params, Chain(params.in, sizeof(T), params.workspace),
                           sizeof(FwdShared<T, kLanes>), static_cast<cudaStream_t>(stream));

@@ -9,9 +9,6 @@ namespace sarissa::kernels {
 
 constexpr int kSwrThreads = 128;
 
-/// Rows that a marching forward thread holds in registers ahead of its arithmetic.
-constexpr int kSwrRing = 8;
-
 /// The inputs as channel p of head h of batch row b sees them.
 template <class T, bool kGated>
 struct SwrChannel {

@@ -8,6 +8,9 @@
 namespace sarissa::kernels {
 namespace {
 
+/// Rows that a thread holds in registers ahead of its arithmetic.
+constexpr int kRing = 8;
+
 /// One row of a thread's channels, as stored.
 template <class T, int V, bool kGated>
 struct Row {
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(kSwrThreads)
   SwrChannel<T, kGated> next = at;  // what is fetched next: row `fetched`
   int64_t fetched = t;
   next.advance(t);
-  Row<T, V, kGated> ring[kSwrRing];
+  Row<T, V, kGated> ring[kRing];
   // No branches here nor in march_row: a branch would end the compiler's view of what is in flight,
   // and each row would wait for its own loads.
   const auto fetch = [&](Row<T, V, kGated>& to) {
@@ -139,13 +142,13 @@ __global__ void __launch_bounds__(kSwrThreads)
     }
   };
 #pragma unroll
-  for (int k = 0; k < kSwrRing; ++k) fetch(ring[k]);
-  while (t + kSwrRing <= stop) {
+  for (int k = 0; k < kRing; ++k) fetch(ring[k]);
+  while (t + kRing <= stop) {
 #pragma unroll
-    for (int k = 0; k < kSwrRing; ++k) march_row(ring[k]);
+    for (int k = 0; k < kRing; ++k) march_row(ring[k]);
   }
 #pragma unroll
-  for (int k = 0; k < kSwrRing; ++k) {
+  for (int k = 0; k < kRing; ++k) {
     if (t < stop) march_row(ring[k]);
   }
   if (end < blocks) return;

@@ -1,7 +1,6 @@
-// What the marching kernels of phalanx share: chunks of at most kSwrChunk steps of one block,
-// walked by cursors, and a warp's coefficients of a chunk. A thread owns kSwrMarchBytes of
-// neighbouring channels; steps outside the sequence have a = 1 and zeros, so that no arithmetic
-// asks for them.
+// What the marching backward of phalanx walks over: chunks of at most kSwrChunk steps of one block,
+// and a warp's coefficients of a chunk. Steps outside the sequence have a = 1 and zeros, so that no
+// arithmetic asks for them.
 #pragma once
 
 #include "sarissa/kernels/swr/swr_cuda.cuh"
@@ -25,13 +24,6 @@ struct Grid {
 struct Cursor {
   int n, j, slot;
 
-  __device__ void advance(const SwrMarch& plan) {
-    if (++j == plan.chunks_per_block) {
-      j = 0;
-      ++n;
-    }
-    slot = slot + 1 == plan.slots ? 0 : slot + 1;
-  }
   __device__ void retreat(const SwrMarch& plan) {
     if (--j < 0) {
       j = plan.chunks_per_block - 1;
@@ -107,21 +99,5 @@ class MarchDecays {
   int stride_, heads_, lane_;
   T raw_[kPerLane];
 };
-
-/// Whether the marching kernels take these inputs: gated, with a window, in heads of 4 to 32 lanes,
-/// aligned.
-inline bool swr_march_inputs_fit(const SwrInputs& in, DType dtype) {
-  if (!in.gated || dtype == DType::kFloat64) return false;
-  const int64_t bytes = dtype == DType::kBFloat16 ? 2 : 4;
-  const int64_t V = kSwrMarchBytes / bytes;
-  const int64_t lanes = in.width / V;
-  const auto aligned = [&](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kSwrMarchBytes == 0;
-  };
-  return in.width % V == 0 && (lanes == 4 || lanes == 8 || lanes == 16 || lanes == 32) &&
-         in.window >= kSwrMarchMinWindow && in.length <= kSwrMarchLength && aligned(in.b) &&
-         aligned(in.c) && aligned(in.u) && in.gate_batch % V == 0 && in.gate_step % V == 0 &&
-         in.u_batch % V == 0 && in.u_step % V == 0 && in.u_head % V == 0;
-}
 
 }  // namespace sarissa::kernels

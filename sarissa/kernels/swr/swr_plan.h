@@ -161,15 +161,6 @@ inline SwrWorkspace swr_bwd_workspace(int64_t batch, int64_t length, int64_t hea
   return ws;
 }
 
-/// Blocks per strip of time. A CUDA thread owns one channel and one strip, and recomputes one block
-/// beside it; strips as long as the machine stays filled keep that share small.
-inline int64_t swr_strip_blocks(int64_t max_blocks, int64_t channels) {
-  constexpr int64_t kThreads = int64_t{1} << 18;  // about two waves of a 132-SM GPU
-  const int64_t strips =
-      std::clamp<int64_t>(kThreads / std::max<int64_t>(1, channels), 1, max_blocks);
-  return (max_blocks - 1) / strips + 1;
-}
-
 /// How marching kernels cut time: every strip but the last has `blocks` blocks.
 struct SwrStrips {
   int64_t strips, blocks;
@@ -179,6 +170,14 @@ struct SwrStrips {
 inline SwrStrips swr_strips(int64_t max_blocks, int64_t wanted) {
   const int64_t blocks = (max_blocks - 1) / std::clamp<int64_t>(wanted, 1, max_blocks) + 1;
   return {(max_blocks - 1) / blocks + 1, blocks};
+}
+
+/// Blocks per strip of the general backward: a CUDA thread owns one channel and one strip, and
+/// recomputes one block beside it; strips as long as the machine stays filled keep that share
+/// small.
+inline int64_t swr_strip_blocks(int64_t max_blocks, int64_t channels) {
+  constexpr int64_t kThreads = int64_t{1} << 18;  // about two waves of a 132-SM GPU
+  return swr_strips(max_blocks, kThreads / std::max<int64_t>(1, channels)).blocks;
 }
 
 /// Strips of the forward, `lanes` threads per batch row and strip. Two CTAs of 128 threads per
