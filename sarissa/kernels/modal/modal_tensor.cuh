@@ -1,0 +1,54 @@
+// What the tensor core kernels of hyena_modal share: the modes of a channel as their tables are
+// made of them, and the layout of the states that the forward saves for the backward.
+//
+// Time is cut into blocks of kModalBlock steps. With u of a block as a vector, a block needs three
+// products (README.md): its end state from zero, its local outputs, and the outputs of the state
+// that enters it. States pass from block to block in float.
+#pragma once
+
+#include "sarissa/kernels/common/tensor.cuh"
+#include "sarissa/kernels/modal/modal.h"
+
+namespace sarissa::kernels {
+
+/// Modes of a channel in the tensor core kernels: those that the problem lacks do nothing and keep
+/// states of zero.
+constexpr int kModalTensorModes = 16;
+/// Steps of a block.
+constexpr int kModalBlock = 16;
+/// Saved states are [B, ceil(L / kModalSavedSteps), D, kModalTensorModes], float: entry k holds the
+/// states (before residues) just before step k kModalSavedSteps.
+constexpr int kModalSavedSteps = 128;
+
+/// One mode of a channel.
+struct ModalMode {
+  float log_pole;  // natural logarithm of lambda
+  float residue;
+  bool there;  // false: the problem has fewer modes
+
+  __device__ ModalMode(const ModalInputs& in, int64_t channel, int n) {
+    const int64_t at = channel / (in.width / in.groups) * in.modes + n;
+    there = n < in.modes;
+    log_pole = there ? static_cast<const float*>(in.log_poles)[at] : 0.0f;
+    residue = there ? static_cast<const float*>(in.residues)[at] : 0.0f;
+  }
+
+  /// lambda^k for k >= 0, good to a few 2^-24 (1 + |log(lambda^k)|); lambda may be 0.
+  __device__ float power(int k) const {
+    constexpr float kLog2e = 1.4426950408889634f;
+    return k == 0 ? 1.0f : exp2f(log_pole * kLog2e * static_cast<float>(k));
+  }
+  /// lambda^k in double.
+  __device__ double exact_power(int k) const {
+    return k == 0 ? 1.0 : exp(static_cast<double>(log_pole) * k);
+  }
+};
+
+/// x = high + low up to 2^-49 of x.
+struct FloatPair {
+  float high, low;
+  __device__ explicit FloatPair(double x)
+      : high(static_cast<float>(x)), low(static_cast<float>(x - static_cast<double>(high))) {}
+};
+
+}  // namespace sarissa::kernels
