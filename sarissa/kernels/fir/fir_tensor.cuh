@@ -1,0 +1,98 @@
+// The tensor-core kernels of hyena_fir with many taps: what the forward and the backward share.
+//
+// Products are transposed: their rows are 16 neighbouring channels, which share taps, and their
+// columns are steps. A block is 16 channels x 16 steps. Of a block a lane has channels r and r + 8
+// (r = lane / 4) at steps c, c + 1, c + 8, c + 9 (c = 2 (lane % 4)): four pairs of neighbouring
+// steps, pair i of channel r + 8 (i % 2) from step c + 8 (i / 2) on. In this order a block is the
+// A operand of a product, the sum of one (pair i is elements 2i, 2i + 1) and what
+// load_matrices_transposed reads from rows [step, channel].
+#pragma once
+
+#include "sarissa/kernels/common/tensor.cuh"
+#include "sarissa/kernels/common/vector.cuh"
+#include "sarissa/kernels/fir/fir.h"
+#include "sarissa/kernels/fir/fir_march.cuh"
+#include "sarissa/kernels/fir/fir_tensor_plan.h"
+
+namespace sarissa::kernels {
+
+/// Which channels and steps of a block a lane has.
+struct BlockLane {
+  int lane, row, column;  // r, c
+
+  __device__ BlockLane()
+      : lane(static_cast<int>(threadIdx.x) % 32), row(lane / 4), column(lane % 4 * 2) {}
+  /// Row of a [step, channel] tile whose address this lane gives to load_matrices_transposed and
+  /// store_matrices_transposed, and the unit of 8 channels.
+  __device__ int address_row() const { return lane / 16 * 8 + lane % 8; }
+  __device__ int address_unit() const { return lane / 8 % 2; }
+};
+
+/// Offset of a unit of 8 channels (16 bytes) in a tile of rows of kUnits units. Units change places
+/// from row to row: the same unit of 8 neighbouring rows lies in different banks.
+template <int kUnits>
+__device__ inline int unit_offset(int row, int unit) {
+  static_assert(kUnits == 4 || kUnits == 8);
+  return (row * kUnits + (unit ^ (row / (8 / kUnits) % kUnits))) * 16;
+}
+
+/// The featurizer of one third for a lane's two channels: at[tap][0] of channel r, [1] of r + 8.
+/// It runs in single precision, with the parameters as they are, in the order of the other kernels.
+struct BlockFeaturizer {
+  float at[3][2];
+
+  /// d is the block's first channel.
+  __device__ BlockFeaturizer(const FirParams& p, int third, int d, const BlockLane& lane) {
+#pragma unroll
+    for (int tap = 0; tap < 3; ++tap) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t channel = third * p.width + d + lane.row + 8 * half;
+        at[tap][half] =
+            load_parameter<__nv_bfloat16>(p.featurizer, p.featurizer_is_T, channel * 3 + tap);
+      }
+    }
+  }
+
+  /// c of a block from its z and the z of two steps before.
+  __device__ void apply(const uint32_t (&now)[4], const uint32_t (&past)[4], float (&c)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float f0 = at[0][i % 2], f1 = at[1][i % 2], f2 = at[2][i % 2];
+      const float z0 = low_of(past[i]), z1 = high_of(past[i]);
+      const float z2 = low_of(now[i]), z3 = high_of(now[i]);
+      c[2 * i] = fmaf(f0, z2, fmaf(f1, z1, f2 * z0));
+      c[2 * i + 1] = fmaf(f0, z3, fmaf(f1, z2, f2 * z1));
+    }
+  }
+};
+
+/// The taps of a warp's group in shared memory, rounded to bfloat16: word kOrigin + k holds taps k
+/// and k - 1, and taps outside 0 .. W-1 are zero. In words, fragment i of a lane is word
+/// kOrigin + 8 i + r - c. The product that adds a block of u to the sums of the block `lag` blocks
+/// later takes the fragments 2 lag - 1 .. 2 lag + 1:
+///   first 8 steps   B = (fragment 2 lag,     fragment 2 lag - 1)
+///   last 8 steps    B = (fragment 2 lag + 1, fragment 2 lag)
+struct TapPairs {
+  static constexpr int kOrigin = kFirBlockSide;
+
+  /// Fills `words` (fir_tensor_pairs of them) with the taps of `group`; the lanes share the work.
+  __device__ static void fill(uint32_t* words, int count, const FirParams& p, int64_t group) {
+    const auto tap = [&](int k) {
+      return k >= 0 && k < p.num_taps
+                 ? load_parameter<__nv_bfloat16>(p.taps, p.taps_is_T, group * p.num_taps + k)
+                 : 0.0f;
+    };
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
+      words[i] = pack_pair(tap(i - kOrigin), tap(i - kOrigin - 1));
+    }
+  }
+  /// Where a lane finds fragment i.
+  __device__ static int word(int i, const BlockLane& lane) {
+    return kOrigin + 8 * i + lane.row - lane.column;
+  }
+};
+
+Status fir_tensor_fwd(const FirParams& p, const FirTensorFwd& plan, cudaStream_t stream);
+
+}  // namespace sarissa::kernels
