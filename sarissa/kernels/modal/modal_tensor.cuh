@@ -7,7 +7,7 @@
 #pragma once
 
 #include "sarissa/kernels/common/tensor.cuh"
-#include "sarissa/kernels/modal/modal.h"
+#include "sarissa/kernels/modal/modal.cuh"
 
 namespace sarissa::kernels {
 
@@ -19,6 +19,12 @@ constexpr int kModalBlock = 16;
 /// Saved states are [B, ceil(L / kModalSavedSteps), D, kModalTensorModes], float: entry k holds the
 /// states (before residues) just before step k kModalSavedSteps.
 constexpr int kModalSavedSteps = 128;
+
+/// lambda^k for k >= 0, good to a few 2^-24 (1 + |log(lambda^k)|); lambda may be 0.
+__device__ inline float modal_power(float log_pole, int k) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  return k == 0 ? 1.0f : exp2f(log_pole * kLog2e * static_cast<float>(k));
+}
 
 /// One mode of a channel.
 struct ModalMode {
@@ -33,16 +39,17 @@ struct ModalMode {
     residue = there ? static_cast<const float*>(in.residues)[at] : 0.0f;
   }
 
-  /// lambda^k for k >= 0, good to a few 2^-24 (1 + |log(lambda^k)|); lambda may be 0.
-  __device__ float power(int k) const {
-    constexpr float kLog2e = 1.4426950408889634f;
-    return k == 0 ? 1.0f : exp2f(log_pole * kLog2e * static_cast<float>(k));
-  }
   /// lambda^k in double.
   __device__ double exact_power(int k) const {
     return k == 0 ? 1.0 : exp(static_cast<double>(log_pole) * k);
   }
 };
+
+/// Element `at` of the featurizer or the skip.
+__device__ inline float modal_parameter(const void* p, bool is_bf16, int64_t at) {
+  return is_bf16 ? load(static_cast<const __nv_bfloat16*>(p) + at)
+                 : static_cast<const float*>(p)[at];
+}
 
 /// x = high + low up to 2^-49 of x.
 struct FloatPair {
