@@ -25,6 +25,13 @@ __device__ inline uint32_t pack_pair(float low, float high) {
 __device__ inline float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_of(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+/// a b + c of both bfloat16 of a pair, rounded once.
+__device__ inline uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 /// x = high + low up to 2^-17 of x, both bfloat16, for two x at once.
 struct SplitPair {
   uint32_t high, low;
