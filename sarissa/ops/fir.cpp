@@ -125,11 +125,12 @@ Tensor contiguous_as(const Tensor& t, at::ScalarType type) { return t.to(type).c
 /// The arguments in the kernels' form. Points the parameters at tensors that it owns.
 struct Inputs {
   at::TensorOptions options;  // of the arithmetic type
-  bool march;                 // the marching kernels take them
+  bool native;                // the kernel takes parameters as the operator has them
   Tensor x, featurizer, featurizer_state, taps, skip, state;
   std::vector<Tensor> workspaces;
 
-  Inputs(const Arguments& a, DType dtype, kernels::FirParams& p)
+  Inputs(const Arguments& a, DType dtype, kernels::FirParams& p,
+         bool (*takes_natively)(const kernels::FirParams&, DType))
       : options(a.x.options().dtype(accumulation_type(a.x))), x(with_contiguous_channels(a.x)) {
     p.batch = a.batch();
     p.length = a.length();
@@ -140,22 +141,22 @@ struct Inputs {
     p.x_stride_b = x.stride(0);
     p.x_stride_l = x.stride(1);
     p.featurizer = data(a.featurizer);
-    march = !x.is_cpu() && kernels::fir_march_takes(p, dtype);
+    native = !x.is_cpu() && takes_natively(p, dtype);
 
     const at::ScalarType type = accumulation_type(a.x);
     const auto parameter = [&](const Tensor& t, bool& is_T) {
       is_T = t.scalar_type() == a.x.scalar_type();
-      return march ? t.contiguous() : contiguous_as(t, type);
+      return native ? t.contiguous() : contiguous_as(t, type);
     };
     taps = parameter(a.taps, p.taps_is_T);
     if (given(a.skip)) skip = parameter(*a.skip, p.skip_is_T);
     if (a.gated()) {
-      featurizer = parameter(march ? a.featurizer : a.featurizer.t(), p.featurizer_is_T);
+      featurizer = parameter(native ? a.featurizer : a.featurizer.t(), p.featurizer_is_T);
     }
     if (given(a.state)) state = contiguous_as(*a.state, type);
     if (given(a.featurizer_state)) {
       featurizer_state = a.featurizer_state->contiguous();
-    } else if (a.gated() && !march) {
+    } else if (a.gated() && !native) {
       featurizer_state = at::zeros({a.batch(), kHistory, 3 * a.width()}, x.options());
     }
     p.featurizer = data(featurizer);
@@ -197,10 +198,10 @@ kernels::FirItems cpu_items(const kernels::FirParams& p, DType dtype) {
 void forward(const Arguments& a, DType dtype, const Tensor& y,
              const Tensor& featurizer_state_out = {}, const Tensor& state_out = {}) {
   kernels::FirParams p{};
-  Inputs inputs(a, dtype, p);
+  Inputs inputs(a, dtype, p, kernels::fir_fwd_is_native);
   p.y = mutable_data(y);
   p.state_out = mutable_data(state_out);
-  if (inputs.march) {
+  if (inputs.native) {
     p.featurizer_state_out = mutable_data(featurizer_state_out);
   } else if (a.gated()) {
     copy_last_rows(a.featurizer_state, a.x, featurizer_state_out);
@@ -208,7 +209,7 @@ void forward(const Arguments& a, DType dtype, const Tensor& y,
   kernels::FirWorkspace sizes{};
   if (a.x.is_cpu()) {
     sizes = kernels::fir_workspace_cpu(p, inputs.options.dtype().itemsize());
-  } else if (!inputs.march) {
+  } else if (!inputs.native) {
     sizes = kernels::fir_workspace_cuda(p);
   }
   p.u = inputs.workspace(sizes.u);
@@ -258,7 +259,7 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     if (a.gated()) g.featurizer.zero_();
   } else if (!a.x.is_meta()) {
     kernels::FirBwdParams p{};
-    Inputs inputs(a, dtype, p);
+    Inputs inputs(a, dtype, p, kernels::fir_bwd_is_native);
     const Tensor dy_rows = with_contiguous_channels(dy);
     p.dy = data(dy_rows);
     p.dy_stride_b = dy_rows.stride(0);
@@ -269,11 +270,11 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.d_featurizer_state_out = data(d_featurizer_state_out);
     p.d_state_out = data(d_state_out);
     p.dx = mutable_data(g.x);
-    // The marching kernels make the parameters' gradients as the operator has them and need not
-    // make that of the featurizer's state. The others use the arithmetic type, take the featurizer
+    // Native kernels make the parameters' gradients as the operator has them and need not make
+    // that of the featurizer's state. The others use the arithmetic type, take the featurizer
     // tap by tap, and always write the gradient of its state.
     Tensor d_z_state = g.featurizer_state;
-    if (!inputs.march) {
+    if (!inputs.native) {
       g.taps = at::empty(a.taps.sizes(), options);
       if (given(a.skip)) g.skip = at::empty({D}, options);
       if (a.gated()) {
@@ -287,9 +288,9 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.d_taps = mutable_data(g.taps);
     p.d_skip = given(a.skip) ? mutable_data(g.skip) : nullptr;
     const kernels::FirWorkspace sizes =
-        a.x.is_cpu()   ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
-        : inputs.march ? kernels::fir_march_workspace(p, kernels::fir_march_bwd_plan(p, dtype))
-                       : kernels::fir_workspace_cuda(p);
+        a.x.is_cpu()    ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
+        : inputs.native ? kernels::fir_march_workspace(p, kernels::fir_march_bwd_plan(p, dtype))
+                        : kernels::fir_workspace_cuda(p);
     p.u = inputs.workspace(sizes.u);
     p.packed_taps = inputs.workspace(sizes.packed_taps);
     p.dq = inputs.workspace(sizes.dq);
@@ -314,7 +315,7 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
       const c10::DeviceGuard guard(a.x.device());
       check(cuda_kernels().fir_bwd(p, dtype, cuda_stream(a.x)), a.op);
     }
-    if (a.gated() && !inputs.march) g.featurizer = g.featurizer.t().contiguous();
+    if (a.gated() && !inputs.native) g.featurizer = g.featurizer.t().contiguous();
   }
   g.taps = g.taps.to(a.taps.scalar_type());
   if (given(a.skip)) g.skip = g.skip.to(a.skip->scalar_type());

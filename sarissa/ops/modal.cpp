@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "sarissa/kernels/modal/modal_plan.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
 
@@ -28,12 +29,14 @@ Tensor channels_contiguous(const Tensor& t) { return t.stride(-1) == 1 ? t : t.c
 struct Arguments {
   const char* op;
   Tensor u;  // z of hyena_modal
-  Tensor featurizer_KC, log_poles_GN, residues_GN, skip_D, featurizer_state, state_BDN;
+  Tensor featurizer, log_poles_GN, residues_GN, skip_D, featurizer_state, state_BDN;
   at::ScalarType compute;  // of parameters, states and parameter gradients
   kernels::DType dtype;
+  bool native = false;  // the kernel takes featurizer and skip as the operator has them
   kernels::ModalInputs in;
 
-  Arguments(const char* op, const Tensor& u, const Tensor& featurizer, const Tensor& log_poles,
+  Arguments(const char* op, bool (*takes_natively)(const kernels::ModalInputs&, kernels::DType),
+            const Tensor& u, const Tensor& featurizer, const Tensor& log_poles,
             const Tensor& residues, const OptionalTensor& skip,
             const OptionalTensor& featurizer_state, const OptionalTensor& state)
       : op(op), u(channels_contiguous(u)) {
@@ -61,55 +64,71 @@ struct Arguments {
     in.width = width;
     in.groups = groups;
     in.modes = modes;
-    if (given(skip)) {
-      TORCH_CHECK(skip->dim() == 1 && skip->size(0) == width, "sarissa::", op, ": skip has shape ",
-                  skip->sizes(), "; expected [", width, "]");
-      skip_D = parameter(*skip, "skip").contiguous();
-    }
     if (given(state)) {
       check_state(*state, gated ? "inner_state" : "state", {batch, width, modes}, compute);
       state_BDN = state->contiguous();
+    }
+    const auto data = [](const Tensor& t) {
+      return t.defined() && !t.is_meta() ? t.const_data_ptr() : nullptr;
+    };
+    in.u = data(this->u);
+    in.u_batch_stride = this->u.stride(0);
+    in.u_time_stride = this->u.stride(1);
+    in.log_poles = data(log_poles_GN);
+    in.residues = data(residues_GN);
+    in.state = data(state_BDN);
+    in.featurizer = data(featurizer);
+    native = u.is_cuda() && takes_natively(in, dtype);
+    if (given(skip)) {
+      TORCH_CHECK(skip->dim() == 1 && skip->size(0) == width, "sarissa::", op, ": skip has shape ",
+                  skip->sizes(), "; expected [", width, "]");
+      skip_D = parameter(*skip, "skip", in.skip_is_T).contiguous();
+      in.skip = data(skip_D);
     }
     if (gated) {
       TORCH_CHECK(
           featurizer.dim() == 2 && featurizer.size(0) == 3 * width && featurizer.size(1) == 3,
           "sarissa::", op, ": featurizer has shape ", featurizer.sizes(), "; expected [", 3 * width,
           ", 3]");
-      featurizer_KC = parameter(featurizer, "featurizer").t().contiguous();
+      const Tensor f = parameter(featurizer, "featurizer", in.featurizer_is_T);
+      this->featurizer = native ? f.contiguous() : f.t().contiguous();
+      in.featurizer = data(this->featurizer);
       const std::vector<int64_t> shape{batch, 2, 3 * width};
       if (given(featurizer_state)) {
         check_state(*featurizer_state, "featurizer_state", shape, u.scalar_type());
       }
-      this->featurizer_state =
-          given(featurizer_state) ? featurizer_state->contiguous() : at::zeros(shape, u.options());
+      if (given(featurizer_state)) {
+        this->featurizer_state = featurizer_state->contiguous();
+      } else if (!native) {
+        this->featurizer_state = at::zeros(shape, u.options());
+      }
+      in.featurizer_state = data(this->featurizer_state);
     }
-    if (u.is_meta()) return;
-    const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-    in.u = data(this->u);
-    in.u_batch_stride = this->u.stride(0);
-    in.u_time_stride = this->u.stride(1);
-    in.featurizer = data(featurizer_KC);
-    in.log_poles = data(log_poles_GN);
-    in.residues = data(residues_GN);
-    in.skip = data(skip_D);
-    in.featurizer_state = data(this->featurizer_state);
-    in.state = data(state_BDN);
   }
 
-  bool gated() const { return featurizer_KC.defined(); }
+  bool gated() const { return featurizer.defined(); }
   int64_t channels() const { return u.size(2); }
   at::TensorOptions options() const { return u.options(); }
   at::TensorOptions compute_options() const { return u.options().dtype(compute); }
 
   /// A parameter in the compute dtype.
   Tensor parameter(const Tensor& t, const char* argument) const {
+    check_parameter(t, argument);
+    return t.to(compute);
+  }
+  /// A parameter that native kernels take in the element type too.
+  Tensor parameter(const Tensor& t, const char* argument, bool& is_T) const {
+    check_parameter(t, argument);
+    is_T = native && t.scalar_type() == u.scalar_type();
+    return is_T ? t : t.to(compute);
+  }
+  void check_parameter(const Tensor& t, const char* argument) const {
     TORCH_CHECK(t.device() == u.device(), "sarissa::", op, ": ", argument, " is on ", t.device(),
                 "; expected ", u.device());
     TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble ||
                     t.scalar_type() == u.scalar_type(),
                 "sarissa::", op, ": ", argument, " is ", t.scalar_type(),
                 "; expected float32, float64 or ", u.scalar_type());
-    return t.to(compute);
   }
 
   void check_state(const Tensor& t, const char* argument, at::IntArrayRef shape,
@@ -237,7 +256,8 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
 std::tuple<Tensor, Tensor> modal_impl(const Tensor& u, const Tensor& log_poles,
                                       const Tensor& residues, const OptionalTensor& skip,
                                       const OptionalTensor& state) {
-  const Arguments args("modal", u, Tensor(), log_poles, residues, skip, std::nullopt, state);
+  const Arguments args("modal", kernels::modal_fwd_is_native, u, Tensor(), log_poles, residues,
+                       skip, std::nullopt, state);
   const auto [y, state_out, none] = forward(args);
   return {y, state_out};
 }
@@ -247,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor> hyena_modal_impl(const Tensor& z, const Tenso
                                                     const OptionalTensor& skip,
                                                     const OptionalTensor& featurizer_state,
                                                     const OptionalTensor& inner_state) {
-  const Arguments args("hyena_modal", z, featurizer, log_poles, residues, skip, featurizer_state,
-                       inner_state);
+  const Arguments args("hyena_modal", kernels::modal_fwd_is_native, z, featurizer, log_poles,
+                       residues, skip, featurizer_state, inner_state);
   const auto [y, state_out, featurizer_state_out] = forward(args);
   return {y, featurizer_state_out, state_out};
 }
@@ -264,7 +284,8 @@ Tensor like(const Tensor& gradient, const OptionalTensor& parameter) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modal_bwd_impl(
     const Tensor& dy, const OptionalTensor& dstate, const Tensor& u, const Tensor& log_poles,
     const Tensor& residues, const OptionalTensor& skip, const OptionalTensor& state) {
-  const Arguments args("modal_bwd", u, Tensor(), log_poles, residues, skip, std::nullopt, state);
+  const Arguments args("modal_bwd", kernels::modal_bwd_is_native, u, Tensor(), log_poles, residues,
+                       skip, std::nullopt, state);
   const Gradients g = backward(args, dy, std::nullopt, dstate);
   return {g.u, like(g.log_poles, log_poles), like(g.residues, residues), like(g.skip, skip),
           g.state};
@@ -275,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hyena_modal_b
     const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
     const OptionalTensor& skip, const OptionalTensor& featurizer_state,
     const OptionalTensor& inner_state) {
-  const Arguments args("hyena_modal_bwd", z, featurizer, log_poles, residues, skip,
-                       featurizer_state, inner_state);
+  const Arguments args("hyena_modal_bwd", kernels::modal_bwd_is_native, z, featurizer, log_poles,
+                       residues, skip, featurizer_state, inner_state);
   const Gradients g = backward(args, dy, dfeaturizer_state, dinner_state);
   return {g.u,
           like(g.featurizer, featurizer).contiguous(),

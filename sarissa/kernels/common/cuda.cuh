@@ -27,6 +27,35 @@ inline Status launch_status(const char* kernel = nullptr) {
   return {e == cudaSuccess ? nullptr : cudaGetErrorString(e), kernel};
 }
 
+/// Launches a kernel that may start while the one before it in the stream ends, on GPUs that can
+/// (programmatic dependent launch): what a short kernel spends before its first instruction is then
+/// hidden. The kernel must call wait_for_earlier_kernels() before it reads or writes global memory.
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
+                  cudaStream_t stream, const Args&... args) {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = major >= 9 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+/// Waits until everything that was in the stream before this kernel is done; see launch_early.
+__device__ inline void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /// Lets a kernel have `bytes` of dynamic shared memory. The limit is only ever raised: another
 /// thread may be about to launch the same kernel with more.
 template <class Kernel>

@@ -25,11 +25,19 @@ struct FeaturizerColumn {
   }
 };
 
+/// f0 z0 + f1 z1 + f2 z2, the oldest first. The kernels that compute it one by one all do it in
+/// this order, so that they agree bit for bit.
+template <class C>
+__device__ inline C three_taps(C f0, C f1, C f2, C z0, C z1, C z2) {
+  return fma(f0, z0, fma(f1, z1, f2 * z2));
+}
+
 /// c[t] = f0 z[t] + f1 z[t-1] + f2 z[t-2] for t >= 0; f points at {f0, f1, f2} with f_stride.
 template <class T>
 __device__ device_compute_t<T> featurize(const FeaturizerColumn<T>& column, int64_t t,
                                          const device_compute_t<T>* f, int64_t f_stride) {
-  return f[0] * column.at(t) + f[f_stride] * column.at(t - 1) + f[2 * f_stride] * column.at(t - 2);
+  return three_taps(f[0], f[f_stride], f[2 * f_stride], column.at(t), column.at(t - 1),
+                    column.at(t - 2));
 }
 
 /// The featurizer's backward from a stored dc [B, L, N] in the arithmetic type, N channels.

@@ -61,7 +61,7 @@ __device__ inline Vector<T, V> load_vector(const T* p) {
 template <class T, int V>
 __device__ inline Vector<T, V> load_vector(const T* p, bool good) {
   constexpr int kBytes = sizeof(T) * V;
-  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8);
+  static_assert(kBytes == 2 || kBytes == 4 || kBytes == 8 || kBytes == 16);
   auto x = Vector<T, V>::zero();
   if constexpr (kBytes == 2) {
     asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b16 %0, [%1];}"
@@ -73,9 +73,13 @@ __device__ inline Vector<T, V> load_vector(const T* p, bool good) {
       asm("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b32 %0, [%1];}"
           : "+r"(words[0])
           : "l"(p), "r"(int{good}));
-    } else {
+    } else if constexpr (kBytes == 8) {
       asm("{.reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.v2.b32 {%0, %1}, [%2];}"
           : "+r"(words[0]), "+r"(words[1])
+          : "l"(p), "r"(int{good}));
+    } else {
+      asm("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
+          : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
           : "l"(p), "r"(int{good}));
     }
   }
@@ -87,6 +91,25 @@ __device__ inline void store_vector(T* p, const compute_t<T>* x) {
   packed.set(x);
   *reinterpret_cast<Vector<T, V>*>(p) = packed;
 }
+
+/// V neighbouring elements of a parameter, of type T or float, as they lie in memory. Which of the
+/// two is known only at run time; a branch between two loads would wait in each arm for what it
+/// converts, so both loads are there, one of them switched off, and the choice is made when read.
+/// `good` false: zeros, nothing is read.
+template <class T, int V>
+class ParameterVector {
+ public:
+  __device__ ParameterVector(const void* p, bool is_T, int64_t at, bool good = true)
+      : is_T_(std::is_same_v<T, float> || is_T),
+        narrow_(load_vector<T, V>(static_cast<const T*>(p) + at, good && is_T_)),
+        wide_(load_vector<float, V>(static_cast<const float*>(p) + at, good && !is_T_)) {}
+  __device__ float operator[](int i) const { return is_T_ ? narrow_[i] : wide_[i]; }
+
+ private:
+  bool is_T_;
+  Vector<T, V> narrow_;
+  Vector<float, V> wide_;
+};
 
 /// Whether vectors of V elements at p, and at every multiple of the strides from there, are
 /// aligned.

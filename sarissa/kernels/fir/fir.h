@@ -14,22 +14,22 @@ namespace sarissa::kernels {
 /// value], N = 3D; else x is u [B, L, D], N = D. Strides count elements; channels are contiguous.
 /// Everything without strides is contiguous. B, D > 0; L >= 0; W > 0; G divides D.
 ///
-/// "March" below: where fir_march_takes of fir_plan.h, on a GPU. It takes parameters, and gives
-/// their gradients, as the operator has them.
+/// "Native" below: on a GPU, where fir_fwd_is_native or fir_bwd_is_native of fir_plan.h say so.
+/// Such kernels take parameters, and give their gradients, as the operator has them.
 struct FirParams {
   int64_t batch, length, width, groups, num_taps;  // B, L, D, G, W
   const void* x;                                   // T [B, L, N]
   int64_t x_stride_b, x_stride_l;
-  const void* featurizer;        // C [3, 3D], march: [3D, 3]; tap 0 = current step; null for fir
+  const void* featurizer;        // C [3, 3D], native: [3D, 3]; tap 0 = current step; null for fir
   const void* featurizer_state;  // T [B, 2, 3D], the rows before z, oldest first; null for fir;
-                                 // march: may be null for zeros
+                                 // native: may be null for zeros
   const void* taps;              // C [G, W], tap k multiplies u[t - k]
   const void* skip;              // C [D] or null
-  bool featurizer_is_T, taps_is_T, skip_is_T;  // march: of type T, and the gradients too
+  bool featurizer_is_T, taps_is_T, skip_is_T;  // native: of type T, and the gradients too
   const void* state;           // C [B, W-1, D], the u before step 0, oldest first; null: zeros
   void* y;                     // T [B, L, D]
   void* state_out;             // C [B, W-1, D], the last u; may be null
-  void* featurizer_state_out;  // T [B, 2, 3D]; march only; may be null
+  void* featurizer_state_out;  // T [B, 2, 3D]; native only; may be null
 
   // Workspace in C; fir_plan.h gives the sizes and layouts.
   void* u;            // u with its history, W-1+L rows
@@ -45,9 +45,9 @@ struct FirBwdParams : FirParams {
   const void* d_state_out;             // C [B, W-1, D] or null
 
   void* dx;                  // T [B, L, N]
-  void* d_featurizer_state;  // T [B, 2, 3D]; not null when gated; march: may be null
+  void* d_featurizer_state;  // T [B, 2, 3D]; not null when gated; native: may be null
   void* d_state;             // C [B, W-1, D] or null
-  void* d_featurizer;        // C [3, 3D], march: [3D, 3]; not null when gated
+  void* d_featurizer;        // C [3, 3D], native: [3D, 3]; not null when gated
   void* d_taps;              // C [G, W]
   void* d_skip;              // C [D] or null
 

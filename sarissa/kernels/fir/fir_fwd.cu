@@ -2,6 +2,7 @@
 // taps for a few steps of one channel. Few gated taps go to the march.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
+#include "sarissa/kernels/fir/fir_step.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -43,9 +44,9 @@ Status run(const FirParams& params, cudaStream_t stream) {
 
 Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  if (const FirStep plan = fir_step_plan(params, dtype)) return fir_step(params, plan, dtype, s);
   if (const FirMarch plan = fir_march_fwd_plan(params, dtype)) {
-    return params.length == 1 ? fir_march_step(params, plan, dtype, s)
-                              : fir_march_fwd(params, plan, dtype, s);
+    return fir_march_fwd(params, plan, dtype, s);
   }
   switch (dtype) {
     case DType::kFloat64:

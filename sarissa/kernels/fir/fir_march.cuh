@@ -6,6 +6,7 @@
 // is shared between warps, so there is no barrier.
 #pragma once
 
+#include "sarissa/kernels/common/featurizer.cuh"
 #include "sarissa/kernels/common/vector.cuh"
 #include "sarissa/kernels/fir/fir.h"
 #include "sarissa/kernels/fir/fir_plan.h"
@@ -70,7 +71,7 @@ __device__ inline void three_taps(const float (&taps)[3][V], const float (&x)[V]
                                   const float (&past)[2][V], float (&out)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    out[j] = fmaf(taps[0][j], x[j], fmaf(taps[1][j], past[0][j], taps[2][j] * past[1][j]));
+    out[j] = three_taps(taps[0][j], taps[1][j], taps[2][j], x[j], past[0][j], past[1][j]);
   }
 }
 
@@ -104,6 +105,28 @@ __device__ inline void store_parameter(void* p, bool is_T, int64_t at, float x) 
   }
 }
 
+/// The featurizer's taps of V channels from d on, in each third.
+template <class T, int V>
+__device__ inline void load_featurizer(const FirParams& p, int d, float (&to)[3][3][V]) {
+  const auto load_from = [&]<class P>(const P* f) {
+#pragma unroll
+    for (int third = 0; third < 3; ++third) {
+      Vector<P, V> values[3];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        values[i] = load_vector<P, V>(f + (third * p.width + d) * 3 + i * V);
+      }
+#pragma unroll
+      for (int i = 0; i < 3 * V; ++i) to[third][i % 3][i / 3] = values[i / V][i % V];
+    }
+  };
+  if (p.featurizer_is_T) {
+    load_from(static_cast<const T*>(p.featurizer));
+  } else {
+    load_from(static_cast<const float*>(p.featurizer));
+  }
+}
+
 /// Filters of V channels. Taps beyond p.num_taps are zero.
 template <class T, int V, int W>
 struct FirFilters {
@@ -112,11 +135,7 @@ struct FirFilters {
   float taps[W];              // from tap 1 on
 
   __device__ FirFilters(const FirParams& p, const FirMarch& plan, int d) {
-    if (p.featurizer_is_T) {
-      load_featurizer(static_cast<const T*>(p.featurizer), p.width, d);
-    } else {
-      load_featurizer(static_cast<const float*>(p.featurizer), p.width, d);
-    }
+    load_featurizer<T>(p, d, featurizer);
     const int64_t group = d / plan.group_width;
 #pragma unroll
     for (int k = 0; k < W; ++k) {
@@ -131,21 +150,6 @@ struct FirFilters {
   }
 
   __device__ float tap(int k, int j) const { return k == 0 ? first[j] : taps[k]; }
-
- private:
-  template <class P>
-  __device__ void load_featurizer(const P* f, int64_t width, int d) {
-#pragma unroll
-    for (int third = 0; third < 3; ++third) {
-      Vector<P, V> values[3];
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        values[i] = load_vector<P, V>(f + (third * width + d) * 3 + i * V);
-      }
-#pragma unroll
-      for (int i = 0; i < 3 * V; ++i) featurizer[third][i % 3][i / 3] = values[i / V][i % V];
-    }
-  }
 };
 
 /// What came before a step: the last u, and the last two rows of z. Before step 0 they are the
@@ -250,8 +254,6 @@ Status fir_march_launch(void (*kernel)(Params, FirMarch), dim3 grid, int shared,
   return launch_status(plan.name);
 }
 
-/// One step, L = 1.
-Status fir_march_step(const FirParams& p, const FirMarch& plan, DType dtype, cudaStream_t stream);
 Status fir_march_fwd(const FirParams& p, const FirMarch& plan, DType dtype, cudaStream_t stream);
 Status fir_march_bwd(const FirBwdParams& p, const FirMarch& plan, DType dtype, cudaStream_t stream);
 

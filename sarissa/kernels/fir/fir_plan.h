@@ -179,13 +179,63 @@ inline FirMarch fir_march_plan(const FirParams& p, DType dtype, int bytes, const
 }
 
 inline FirMarch fir_march_fwd_plan(const FirParams& p, DType dtype) {
-  constexpr const char* kStepNames[] = {"step_v1", "step_v2", "step_v4"};
-  FirMarch plan = fir_march_plan(p, dtype, kFirMarchFwdBytes, nullptr, 0, 0);
-  if (plan && p.length == 1) plan.name = kStepNames[plan.vector / 2];
-  return plan;
+  return fir_march_plan(p, dtype, kFirMarchFwdBytes, nullptr, 0, 0);
 }
 inline FirMarch fir_march_bwd_plan(const FirBwdParams& p, DType dtype) {
   return fir_march_plan(p, dtype, kFirMarchBwdBytes, p.dy, p.dy_stride_b, p.dy_stride_l);
+}
+
+/// Taps of a run of the step kernel, which one thread sums in order, and most threads of its
+/// blocks.
+constexpr int kFirStepRun = 8, kFirStepLongRun = 16;
+constexpr int kFirStepThreads = 256;
+
+/// How the step kernel takes one step (L = 1) of hyena_fir: a thread owns `vector` neighbouring
+/// channels and every `runs`-th run of taps; a block has 2^column_bits such columns side by side.
+struct FirStep {
+  int vector = 0;  // 0: the step kernel does not take the problem
+  int run = 0, runs = 0, column_bits = 0;
+  int group_width = 0;      // channels that share taps
+  bool runs_align = false;  // a run of any group's taps starts at a multiple of 16 bytes
+  const char* name = nullptr;
+
+  explicit operator bool() const { return vector > 0; }
+};
+
+/// The plan of one step. Any number of taps; V is 4 where channels come in fours and rows of 4 are
+/// aligned. Up to 16 taps are one run, so that the sum is the march's; more are spread over as many
+/// threads as it takes to have the whole state on its way at once.
+inline FirStep fir_step_plan(const FirParams& p, DType dtype) {
+  FirStep plan;
+  constexpr int64_t kMost = int64_t{1} << 26;
+  if (p.featurizer == nullptr || dtype == DType::kFloat64 || p.length != 1 || p.batch > 65535 ||
+      p.width > kMost || p.num_taps > kMost) {
+    return plan;
+  }
+  const int64_t element = dtype == DType::kFloat32 ? 4 : 2;
+  constexpr int64_t kVector = 4;
+  const auto aligned = [](const void* pointer, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+  };
+  const bool fours = p.width % kVector == 0 && aligned(p.x, kVector * element) &&
+                     (p.batch == 1 || p.x_stride_b % kVector == 0) &&
+                     aligned(p.featurizer_state, kVector * element) &&
+                     aligned(p.featurizer, kVector * 4) && aligned(p.skip, kVector * 4) &&
+                     aligned(p.state, kVector * 4);
+  plan.vector = fours ? kVector : 1;
+  plan.group_width = static_cast<int>(p.width / p.groups);
+  plan.run =
+      p.num_taps > kFirStepRun && p.num_taps <= kFirStepLongRun ? kFirStepLongRun : kFirStepRun;
+  const int64_t tap = p.taps_is_T ? element : 4;
+  plan.runs_align = aligned(p.taps, 16) && p.num_taps * tap % 16 == 0;
+  // Rows of 8 columns are 128 bytes of the state; fewer runs leave room for more.
+  const int64_t wanted = fir_ceil_div(p.num_taps, plan.run);
+  plan.runs = 1;
+  plan.column_bits = 5;
+  while (plan.runs < wanted && plan.runs < kFirStepThreads / 8) plan.runs *= 2;
+  while (plan.column_bits > 3 && plan.runs << plan.column_bits > 128) --plan.column_bits;
+  plan.name = fours ? "step_v4" : "step_v1";
+  return plan;
 }
 
 /// The march's workspace, for the backward alone: of each strip, featurizer_partial [B, strips, 3D,
@@ -202,6 +252,13 @@ inline FirWorkspace fir_march_workspace(const FirParams& p, const FirMarch& plan
       .featurizer_partial = partials * 9 * p.width,
   };
 }
+
+/// Whether the kernel that takes the problem on a GPU reads parameters as the operator has them:
+/// see fir.h.
+inline bool fir_fwd_is_native(const FirParams& p, DType dtype) {
+  return fir_step_plan(p, dtype) || fir_march_takes(p, dtype);
+}
+inline bool fir_bwd_is_native(const FirParams& p, DType dtype) { return fir_march_takes(p, dtype); }
 
 /// CUDA layouts: u [B, W-1+L, D]; dq [B, L, D]; dc [B, L, 3D]; taps_partial [B * gradient chunks +
 /// 1, W, D], the last one their sum; featurizer_partial [B * gradient chunks, 3, 3D].

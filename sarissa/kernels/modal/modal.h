@@ -3,6 +3,8 @@
 //
 // "Compute type" is float for float and bfloat16 elements, double for double. Every buffer is
 // contiguous in the shape given, except that u (z) has strides between batch entries and steps.
+// "Native" kernels (on a GPU, where modal_plan.h says so) take the featurizer and the skip, and
+// give their gradients, as the operator has them.
 #pragma once
 
 #include <cstdint>
@@ -23,11 +25,14 @@ struct ModalInputs {
   const void* u = nullptr;  // [B, L, D]; gated: z [B, L, 3D], thirds [post-gate | pre-gate | value]
   int64_t u_batch_stride = 0;
   int64_t u_time_stride = 0;
-  const void* featurizer = nullptr;        // [3, 3D], tap-major, compute type; null: not gated
-  const void* log_poles = nullptr;         // [G, N] compute type
-  const void* residues = nullptr;          // [G, N] compute type
-  const void* skip = nullptr;              // [D] compute type; null: no skip term
-  const void* featurizer_state = nullptr;  // [B, 2, 3D] element type; given when gated
+  const void* featurizer = nullptr;  // [3, 3D], tap-major, compute type; null: not gated;
+                                     // native: [3D, 3]
+  const void* log_poles = nullptr;   // [G, N] compute type
+  const void* residues = nullptr;    // [G, N] compute type
+  const void* skip = nullptr;        // [D] compute type; null: no skip term
+  bool featurizer_is_T = false, skip_is_T = false;  // native: of the element type
+  const void* featurizer_state = nullptr;  // [B, 2, 3D] element type; given when gated; native:
+                                           // may be null for zeros
   const void* state = nullptr;             // [B, D, N] compute type; null: zeros
 
   bool gated() const { return featurizer != nullptr; }
@@ -80,6 +85,9 @@ Status modal_bwd_cpu(const ModalBwdParams& params, DType dtype, int64_t begin, i
 /// The sums over batch entries and over the channels of each group, in index order.
 Status modal_sum_cpu(const ModalBwdParams& params, DType dtype);
 
+/// Whether the kernel that takes the problem on the current GPU is native: it reads the featurizer,
+/// its state and the skip as the operator has them.
+bool modal_fwd_is_native_cuda(const ModalInputs& in, DType dtype);
 int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype);
 int64_t modal_bwd_workspace_cuda(const ModalInputs& in, DType dtype);
 /// `stream` is a cudaStream_t.

@@ -1,4 +1,7 @@
 #include "sarissa/kernels/modal/modal.cuh"
+#include "sarissa/kernels/modal/modal_plan.h"
+#include "sarissa/kernels/modal/modal_step.cuh"
+#include "sarissa/kernels/modal/modal_tensor.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -36,6 +39,20 @@ __device__ void fwd_steps(const ModalChannel<T>& channel, int64_t t, device_comp
   }
 }
 
+/// Saves the states before step t for a tensor core backward.
+template <class T>
+__device__ void save_states(const ModalFwdParams& p, const ModalChannel<T>& channel, int64_t t,
+                            const device_compute_t<T>* states) {
+  const int64_t entries = ceil_div<int64_t>(p.in.length, kModalSavedSteps);
+  auto* const to =
+      static_cast<float*>(p.saved) +
+      ((channel.b * entries + t / kModalSavedSteps) * channel.width + channel.channel) *
+          kModalTensorModes;
+  for (int64_t n = 0; n < kModalTensorModes; ++n) {
+    to[n] = n < channel.modes ? static_cast<float>(states[n * channel.width]) : 0.0f;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kModalThreads, 1)
     modal_fwd_kernel(ModalFwdParams p, ModalTables<device_compute_t<T>> tables,
@@ -52,7 +69,13 @@ __global__ void __launch_bounds__(kModalThreads, 1)
     }
     T* y = static_cast<T*>(p.y) + channel.b * p.in.length * channel.width + channel.channel;
     int64_t t = 0;
-    for (; t + kSteps <= p.in.length; t += kSteps) fwd_steps<kSteps>(channel, t, states, y);
+    for (; t + kSteps <= p.in.length; t += kSteps) {
+      if (p.saved != nullptr && t % kModalSavedSteps == 0) save_states(p, channel, t, states);
+      fwd_steps<kSteps>(channel, t, states, y);
+    }
+    if (p.saved != nullptr && t % kModalSavedSteps == 0 && t < p.in.length) {
+      save_states(p, channel, t, states);
+    }
     for (; t < p.in.length; ++t) fwd_steps<1>(channel, t, states, y);
     C* state_out = static_cast<C*>(p.state_out) + channel.at_BDN();
     for (int64_t n = 0; n < channel.modes; ++n) state_out[n] = states[n * channel.width];
@@ -76,9 +99,20 @@ Status launch(const ModalFwdParams& p, cudaStream_t stream) {
   return launch_status();
 }
 
+/// The plan of the tensor core kernel, where it takes the problem and this GPU can run it.
+ModalTensorFwd tensor_plan(const ModalInputs& in, DType dtype) {
+  const ModalTensorFwd plan = modal_tensor_fwd_plan(in, dtype);
+  return plan && modal_tensor_fwd_runs(plan) ? plan : ModalTensorFwd{};
+}
+
 }  // namespace
 
+bool modal_fwd_is_native_cuda(const ModalInputs& in, DType dtype) {
+  return modal_step_takes(in, dtype) || tensor_plan(in, dtype);
+}
+
 int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype) {
+  if (modal_fwd_is_native_cuda(in, dtype)) return 0;
   const int64_t states = in.batch * in.modes * in.width;
   return dtype == DType::kFloat64
              ? modal_tables_bytes<double>(in) + states * int64_t{sizeof(double)}
@@ -87,6 +121,10 @@ int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype) {
 
 Status modal_fwd_cuda(const ModalFwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  if (modal_step_takes(params.in, dtype)) return modal_step(params, dtype, s);
+  if (const ModalTensorFwd plan = tensor_plan(params.in, dtype)) {
+    return modal_tensor_fwd(params, plan, s);
+  }
   switch (dtype) {
     case DType::kFloat64:
       return launch<double>(params, s);
