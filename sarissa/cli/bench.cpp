@@ -37,7 +37,7 @@ namespace {
 
 constexpr int64_t kLeastRotatedBytes = 256'000'000;  // where the cache is small or unknown
 constexpr int64_t kMostCopies = 1024;
-constexpr int64_t kPrefix = 160;  // steps before a decode step: more than any window or filter
+constexpr int64_t kPrefix = 160;  // least steps before a decode step: more than any window
 constexpr int64_t kSteps = 3;     // steps that are checked
 
 struct Options {
@@ -129,7 +129,7 @@ class Bench {
     const std::set<std::string> asked(options_.ops.begin(), options_.ops.end());
     std::vector<LayerCase> chosen;
     for (const LayerCase& layer : layer_cases()) {
-      if (!asked.empty() && !asked.contains(layer.name)) continue;
+      if (asked.empty() ? layer.only_by_name : !asked.contains(layer.name)) continue;
       if (options_.direction == "step" && !layer.has_step) {
         if (asked.empty()) continue;
         throw UsageError(str("--op '", layer.name, "': has no state and no step; use --direction ",
@@ -221,7 +221,11 @@ class Bench {
   }
 
   Work step(const LayerCase& layer, Row& row) {
-    const Case test = layer.make(row.shape.batch, kPrefix + kSteps, row.shape.width);
+    const auto make = [&](int64_t length) {
+      return layer.make(row.shape.batch, length, row.shape.width);
+    };
+    const int64_t prefix = std::max(kPrefix, make(1).memory);  // fills the state
+    const Case test = make(prefix + kSteps);
     const Tensors inputs = draw_inputs(test);
     const auto cut = [&](int64_t begin, int64_t length) {
       Tensors part;
@@ -232,10 +236,10 @@ class Bench {
       return part;
     };
     Tensors state, outputs;
-    test.call.run(cut(0, kPrefix), &state);
+    test.call.run(cut(0, prefix), &state);
     const Tensors before = state;
     for (int64_t i = 0; i < kSteps; ++i) {
-      outputs.push_back(test.call.run(cut(kPrefix + i, 1), &state)[0]);
+      outputs.push_back(test.call.run(cut(prefix + i, 1), &state)[0]);
     }
     row.error = forward_error(test, inputs, {at::cat(outputs, 1)});
     // One list of tensors to copy: the step's inputs, then the state.
@@ -246,7 +250,7 @@ class Bench {
       results.insert(results.end(), next.begin(), next.end());
       return results;
     };
-    Tensors all = cut(kPrefix, 1);
+    Tensors all = cut(prefix, 1);
     all.insert(all.end(), before.begin(), before.end());
     const Tensors results = run(all);
     return rotated(run, all, results);
@@ -430,9 +434,11 @@ void bench_ops(const Options& options) {
   Bench(options).run();
 }
 
-std::string case_names() {
+std::string case_names(bool only_by_name) {
   std::string names;
-  for (const LayerCase& layer : layer_cases()) names += str(names.empty() ? "" : " ", layer.name);
+  for (const LayerCase& layer : layer_cases()) {
+    if (layer.only_by_name == only_by_name) names += str(names.empty() ? "" : " ", layer.name);
+  }
   return names;
 }
 
@@ -440,7 +446,10 @@ void add_ops(CLI::App& bench) {
   auto options = std::make_shared<Options>();
   CLI::App* command = bench.add_subcommand(
       "ops", "Check the operators at a layer's shapes, then time them against the memory floor");
-  command->add_option("--op", options->ops, "Operators, all of them without it: " + case_names())
+  command
+      ->add_option("--op", options->ops,
+                   "Operators. All of them without it: " + case_names(false) +
+                       ". Only where named: " + case_names(true))
       ->delimiter(',')
       ->type_name("NAME,...");
   command->add_option("--lengths", options->lengths, "Steps per sequence")

@@ -24,8 +24,9 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr double kDecayMax = 0.95;
 constexpr double kNormEps = 1e-6;
 constexpr int64_t kHeadWidth = 16, kGroupWidth = 16, kModes = 16;
-constexpr int64_t kPartRuns = 3;     // heads or groups in a part, or as many channels
-constexpr int64_t kPartRows = 2048;  // rows in a part of an operator on rows
+constexpr int64_t kPartRuns = 3;                  // heads or groups in a part, or as many channels
+constexpr int64_t kPartSteps = int64_t{1} << 23;  // steps in a part, of all its channels together
+constexpr int64_t kPartRows = 2048;               // rows in a part of an operator on rows
 
 Input normal(std::vector<int64_t> shape) { return {.shape = std::move(shape)}; }
 Input sequence(std::vector<int64_t> shape) { return {.shape = std::move(shape), .sequence = true}; }
@@ -219,11 +220,15 @@ Operator hyena_fir_operator() {
 }
 
 // The channels of some groups in each third of z, with their parameters; `parameters` have a row
-// for each group.
-Part hyena_part(Operator op, int64_t dim, int64_t groups, int64_t parameters, bool skip) {
+// for each group. A channel has `steps`: very long ones make it fewer groups.
+Part hyena_part(Operator op, int64_t dim, int64_t groups, int64_t parameters, bool skip,
+                int64_t steps) {
+  constexpr int64_t kFewest = 2;  // the first and the last
   const int64_t group_width = dim / groups;
+  const int64_t channels_wanted =
+      std::min(kPartRuns * kGroupWidth, kPartSteps / std::max<int64_t>(1, steps));
   const std::vector<int64_t> chosen =
-      samples(groups, std::max(kPartRuns, kPartRuns * kGroupWidth / group_width));
+      samples(groups, std::max(kFewest, channels_wanted / group_width));
   const std::vector<int64_t> channels = members(chosen, group_width);
   const auto count = static_cast<int64_t>(channels.size());
   std::vector<int64_t> thirds;
@@ -246,7 +251,8 @@ Case hyena_fir_case(int64_t batch, int64_t length, int64_t dim, int64_t groups, 
       .inputs = {sequence({batch, length, 3 * dim}), normal({3 * dim, 3}), normal({groups, taps})},
       .call = hyena_fir_operator(),
       .has_state = true,
-      .parts = {hyena_part(hyena_fir_operator(), dim, groups, 1, skip)}};
+      .memory = taps - 1,
+      .parts = {hyena_part(hyena_fir_operator(), dim, groups, 1, skip, batch * length)}};
   if (skip) result.inputs.push_back(normal({dim}));
   return result;
 }
@@ -301,7 +307,7 @@ Case hyena_modal_case(int64_t batch, int64_t length, int64_t dim, int64_t groups
                      as_fp32(normal({groups, modes})), normal({dim})},
           .call = hyena_modal_operator(),
           .has_state = true,
-          .parts = {hyena_part(hyena_modal_operator(), dim, groups, 2, true)}};
+          .parts = {hyena_part(hyena_modal_operator(), dim, groups, 2, true, batch * length)}};
 }
 
 // ---- operators on rows
@@ -436,13 +442,14 @@ Case phalanx_layer(int64_t batch, int64_t length, int64_t dim) {
   return phalanx_case(batch, length, heads, heads / heads_per_kv_head, kHeadWidth, window);
 }
 
-template <int64_t taps, bool skip>
+template <int64_t taps, bool skip, int64_t group_width = kGroupWidth>
 Case hyena_fir_layer(int64_t batch, int64_t length, int64_t dim) {
-  return hyena_fir_case(batch, length, dim, dim / kGroupWidth, taps, skip);
+  return hyena_fir_case(batch, length, dim, dim / group_width, taps, skip);
 }
 
+template <int64_t group_width>
 Case hyena_li_layer(int64_t batch, int64_t length, int64_t dim) {
-  return hyena_modal_case(batch, length, dim, dim, kModes);
+  return hyena_modal_case(batch, length, dim, dim / group_width, kModes);
 }
 
 Case norm_layer(int64_t batch, int64_t length, int64_t dim) {
@@ -488,18 +495,29 @@ std::vector<Case> selftest_cases() {
 
 const std::vector<LayerCase>& layer_cases() {
   static const std::vector<LayerCase> cases = {
-      {"phalanx", true, phalanx_layer<16>},
-      {"phalanx_w64", true, phalanx_layer<64>},
-      {"phalanx_w128", true, phalanx_layer<128>},
-      {"phalanx_full", true, phalanx_layer<ops::kFullRecurrence>},
-      {"phalanx_kv", true, phalanx_layer<16, 4>},
-      {"hyena_se", true, hyena_fir_layer<7, false>},
-      {"hyena_se_4", true, hyena_fir_layer<4, false>},
-      {"hyena_se_14", true, hyena_fir_layer<14, false>},
-      {"hyena_mr", true, hyena_fir_layer<128, true>},
-      {"hyena_li", true, hyena_li_layer},
-      {"rms_norm", false, norm_layer},
-      {"swiglu", false, swiglu_layer},
+      {"phalanx", true, false, phalanx_layer<16>},
+      {"phalanx_w64", true, false, phalanx_layer<64>},
+      {"phalanx_w128", true, false, phalanx_layer<128>},
+      {"phalanx_full", true, false, phalanx_layer<ops::kFullRecurrence>},
+      {"phalanx_kv", true, false, phalanx_layer<16, 4>},
+      {"hyena_se", true, false, hyena_fir_layer<7, false>},
+      {"hyena_se_4", true, false, hyena_fir_layer<4, false>},
+      {"hyena_se_14", true, false, hyena_fir_layer<14, false>},
+      {"hyena_mr", true, false, hyena_fir_layer<128, true>},
+      {"hyena_mr_8", true, true, hyena_fir_layer<8, true>},
+      {"hyena_mr_16", true, true, hyena_fir_layer<16, true>},
+      {"hyena_mr_32", true, true, hyena_fir_layer<32, true>},
+      {"hyena_mr_64", true, true, hyena_fir_layer<64, true>},
+      {"hyena_mr_256", true, true, hyena_fir_layer<256, true>},
+      {"hyena_mr_512", true, true, hyena_fir_layer<512, true>},
+      {"hyena_mr_1024", true, true, hyena_fir_layer<1024, true>},
+      {"hyena_mr_g1", true, true, hyena_fir_layer<128, true, 1>},
+      {"hyena_mr_g4", true, true, hyena_fir_layer<128, true, 4>},
+      {"hyena_mr_g64", true, true, hyena_fir_layer<128, true, 64>},
+      {"hyena_li", true, false, hyena_li_layer<1>},
+      {"hyena_li_g16", true, true, hyena_li_layer<16>},
+      {"rms_norm", false, false, norm_layer},
+      {"swiglu", false, false, swiglu_layer},
   };
   return cases;
 }

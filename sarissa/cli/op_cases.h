@@ -65,6 +65,7 @@ struct Case {
   std::vector<Input> inputs;
   Operator call;
   bool has_state = false;
+  int64_t memory = 0;  // steps before the current one that the state holds; 0 where there is no end
   /// Independent parts that are checked in place of the whole where that is too large for the CPU
   /// loops in double precision.
   std::vector<Part> parts{};
@@ -76,7 +77,8 @@ std::vector<Case> selftest_cases();
 /// One operator as a layer of width `dim` calls it.
 struct LayerCase {
   const char* name;
-  bool has_step;  // carries a state, so that L = 1 is a step of decoding
+  bool has_step;      // carries a state, so that L = 1 is a step of decoding
+  bool only_by_name;  // a point of a curve, not of the table of all operators
   Case (*make)(int64_t batch, int64_t length, int64_t dim);
 };
 const std::vector<LayerCase>& layer_cases();

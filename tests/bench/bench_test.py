@@ -20,6 +20,9 @@ PROGRAM = None
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 OPERATORS = ["phalanx", "phalanx_w64", "phalanx_w128", "phalanx_full", "phalanx_kv", "hyena_se",
              "hyena_se_4", "hyena_se_14", "hyena_mr", "hyena_li", "rms_norm", "swiglu"]
+# Those that are measured only where --op names them.
+BY_NAME = [f"hyena_mr_{taps}" for taps in (8, 16, 32, 64, 256, 512, 1024)] + [
+    "hyena_mr_g1", "hyena_mr_g4", "hyena_mr_g64", "hyena_li_g16"]
 # Those that need nothing but torch, on any device.
 TORCH_PEERS = ["torch_conv_7", "torch_conv_128", "torch_fft", "attention_flash"]
 KEYS = ["op", "direction", "batch", "length", "width", "dtype", "ms", "spread", "bytes", "gb_per_s",
@@ -109,6 +112,24 @@ class BenchTest(unittest.TestCase):
         # z [L, 3D] and y [L, D], and taps [G, 7] and a featurizer [3D, 3].
         [se] = [line for line in lines if (line["op"], line["direction"]) == ("hyena_se", "fwd")]
         self.assertEqual(se["bytes"], 2 * (4 * 40 * 64 + 4 * 7 + 3 * 64 * 3))
+
+    def test_points_of_curves_have_times_where_they_are_named(self):
+        path = self.folder / "curves.jsonl"
+        self.bench_ops("--op", ",".join(BY_NAME), "--lengths", 40, "--width", 128, "--step-batch",
+                       2, "--seconds", 0.001, "--json", path)
+        lines = {(line["op"], line["direction"]): line for line in read(path)}
+        self.assertEqual(sorted(lines), sorted((op, direction) for op in BY_NAME
+                                               for direction in ("fwd", "bwd", "step")))
+        for line in lines.values():
+            with self.subTest(line["op"], direction=line["direction"]):
+                self.check_timed(line, "threads")
+        # Taps [G, W]; the state [B, W-1, D] in float32, read and written by a step.
+        floor = 2 * (4 * 40 * 128 + 3 * 128 * 3 + 128)
+        for op, taps in (("hyena_mr_8", 8 * 8), ("hyena_mr_1024", 8 * 1024),
+                         ("hyena_mr_g1", 128 * 128), ("hyena_mr_g64", 2 * 128)):
+            self.assertEqual(lines[op, "fwd"]["bytes"], floor + 2 * taps)
+        step = lines["hyena_mr_1024", "step"]["bytes"] - lines["hyena_mr_8", "step"]["bytes"]
+        self.assertEqual(step, 2 * 8 * (1024 - 8) + 2 * 4 * 2 * (1024 - 8) * 128)
 
     def test_options_choose_cases(self):
         path = self.folder / "chosen.jsonl"
