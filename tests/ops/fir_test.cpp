@@ -8,6 +8,7 @@
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
 #include "tests/support/compare.h"
+#include "tests/support/fft.h"
 
 namespace sarissa {
 namespace {
@@ -32,6 +33,10 @@ const std::vector<Shape> kShapes = {
     {2, 127, 33, 11, 128}, {1, 128, 16, 2, 128}, {1, 129, 65, 13, 128}, {1, 521, 12, 3, 9},
     {1, 13, 6, 2, 300},    {1, 601, 4, 2, 530},
 };
+// Filters as long as the sequence and longer, across time chunks of any size.
+const std::vector<Shape> kLongShapes = {{1, 1500, 2, 1, 1500}, {1, 1500, 3, 1, 3000}};
+const std::vector<Shape> kFftShapes = {
+    {2, 301, 20, 5, 17}, {2, 1500, 6, 3, 1500}, {1, 1500, 20, 5, 3000}, {2, 2100, 6, 6, 128}};
 
 struct Problem {
   Tensor u, taps, state, dy, d_state;  // double, on the CPU
@@ -87,25 +92,50 @@ std::tuple<Tensor, Tensor> dense_fir(Tensor u, Tensor taps, Tensor state) {
 
 const char* kNames[] = {"y", "state_out", "du", "d_taps", "d_state"};
 
-void expect_dense(at::ScalarType dtype, at::Device device, double tolerance) {
+/// The definition by FFT.
+std::tuple<Tensor, Tensor> fft_fir(Tensor u, Tensor taps, Tensor state) {
+  const Tensor extended = at::cat({state, u}, 1);
+  const Tensor taps_DW = taps.repeat_interleave(u.size(2) / taps.size(0), 0);
+  return {test::fft_convolution(extended, taps_DW).slice(1, taps.size(1) - 1),
+          extended.slice(1, u.size(1))};
+}
+
+using Reference = std::tuple<Tensor, Tensor>(Tensor u, Tensor taps, Tensor state);
+
+void expect_equal(Reference* reference, const std::vector<Shape>& shapes, at::ScalarType dtype,
+                  at::Device device, double tolerance) {
   const test::PoisonMemory poison;
-  for (const Shape& s : kShapes) {
+  for (const Shape& s : shapes) {
     const Problem p = make_problem(s);
     const auto got = run_fir(p, dtype, device);
-    const auto want = run(dense_fir, p, at::kDouble, at::kCPU, at::kDouble);
+    const auto want = run(reference, p, at::kDouble, at::kCPU, at::kDouble);
     for (size_t i = 0; i < got.size(); ++i) {
       EXPECT_LE(relative_rms(got[i], want[i]), tolerance) << s << ": " << kNames[i];
     }
   }
 }
+void expect_dense(at::ScalarType dtype, at::Device device, double tolerance) {
+  expect_equal(dense_fir, kShapes, dtype, device, tolerance);
+}
+/// Sums of thousands of products are less exact.
+void expect_long_filters(at::ScalarType dtype, at::Device device, double tolerance) {
+  expect_equal(dense_fir, kLongShapes, dtype, device, tolerance);
+}
 
 TEST(Fir, MatchesTheDenseMatrixInDouble) { expect_dense(at::kDouble, at::kCPU, 2e-15); }
 TEST(Fir, MatchesTheDenseMatrixInFloat) { expect_dense(at::kFloat, at::kCPU, 1e-6); }
+TEST(Fir, FiltersAsLongAsTheSequenceInDouble) { expect_long_filters(at::kDouble, at::kCPU, 1e-14); }
+TEST(Fir, FiltersAsLongAsTheSequenceInFloat) { expect_long_filters(at::kFloat, at::kCPU, 5e-6); }
+TEST(Fir, MatchesFftConvolution) {
+  expect_equal(fft_fir, kFftShapes, at::kDouble, at::kCPU, 1e-14);
+}
 
 /// bf16 in and out with fp32 arithmetic: at most twice the error of the plain computation that
 /// reads bf16, computes in double and rounds the result.
 void expect_bfloat16_rule(at::Device device) {
-  for (const Shape& s : kShapes) {
+  std::vector<Shape> shapes = kShapes;
+  shapes.insert(shapes.end(), kLongShapes.begin(), kLongShapes.end());
+  for (const Shape& s : shapes) {
     Problem p = make_problem(s);
     for (Tensor* t : {&p.u, &p.taps, &p.state, &p.dy, &p.d_state}) {
       *t = t->to(at::kBFloat16).to(at::kDouble);
@@ -164,6 +194,25 @@ void expect_splits_equal(at::ScalarType dtype, at::Device device) {
       carried = next;
     }
     EXPECT_TRUE(bit_equal(*carried, state)) << s;
+  }
+}
+
+/// Tokens that are appended change nothing that was there.
+void expect_prefixes_equal(at::ScalarType dtype, at::Device device) {
+  for (const Shape& s : {Shape{2, 600, 20, 4, 7}, Shape{1, 600, 64, 4, 128}}) {
+    const Problem p = make_problem(s);
+    const Tensor u = p.u.to(device, dtype), taps = p.taps.to(device, dtype);
+    const Tensor all = std::get<0>(ops::fir(u, taps));
+    for (const int64_t length : {1, 2, 63, 64, 255, 256, 257, 511, 512, 599}) {
+      const Tensor y = std::get<0>(ops::fir(u.slice(1, 0, length), taps));
+      EXPECT_TRUE(bit_equal(y, all.slice(1, 0, length))) << s << " prefix of " << length;
+    }
+  }
+}
+
+TEST(Fir, AppendedTokensDoNotChangeThePast) {
+  for (const auto dtype : {at::kDouble, at::kFloat, at::kBFloat16}) {
+    expect_prefixes_equal(dtype, at::kCPU);
   }
 }
 
@@ -329,6 +378,26 @@ TEST(FirCuda, MatchesTheDenseMatrixInDouble) {
 TEST(FirCuda, MatchesTheDenseMatrixInFloat) {
   SKIP_WITHOUT_CUDA();
   expect_dense(at::kFloat, at::kCUDA, 1e-6);
+}
+TEST(FirCuda, FiltersAsLongAsTheSequence) {
+  SKIP_WITHOUT_CUDA();
+  expect_long_filters(at::kDouble, at::kCUDA, 1e-14);
+  expect_long_filters(at::kFloat, at::kCUDA, 5e-6);
+}
+TEST(FirCuda, MatchesFftConvolutionOnTheGpu) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& s : kFftShapes) {
+    const Problem p = make_problem(s);
+    const auto got = run_fir(p, at::kFloat, at::kCUDA);
+    const auto want = run(fft_fir, p, at::kFloat, at::kCUDA, at::kFloat);
+    for (size_t i = 0; i < got.size(); ++i) {
+      EXPECT_LE(relative_rms(got[i], want[i]), 5e-6) << s << ": " << kNames[i];
+    }
+  }
+}
+TEST(FirCuda, AppendedTokensDoNotChangeThePast) {
+  SKIP_WITHOUT_CUDA();
+  for (const auto dtype : {at::kFloat, at::kBFloat16}) expect_prefixes_equal(dtype, at::kCUDA);
 }
 TEST(FirCuda, BFloat16RoundsOnlyAtTheEnds) {
   SKIP_WITHOUT_CUDA();

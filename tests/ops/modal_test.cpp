@@ -9,6 +9,7 @@
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
 #include "tests/support/compare.h"
+#include "tests/support/fft.h"
 #include "tests/support/golden.h"
 
 namespace sarissa {
@@ -207,14 +208,10 @@ TEST(Modal, Bfloat16IsAsGoodAsPlainFloatArithmeticOnBfloat16) {
 
 TEST(Modal, MatchesFftConvolution) {
   const Problem p({2, 1000, 6, 3, 16, true, false});
-  const int64_t length = p.shape.length;
-  const Tensor t = at::arange(length, at::kDouble);
+  const Tensor t = at::arange(p.shape.length, at::kDouble);
   const Tensor filter_DL =
       per_channel((p.residues.unsqueeze(2) * (p.log_poles.unsqueeze(2) * t).exp()).sum(1), 6);
-  const Tensor product =
-      at::fft_rfft(p.u.transpose(1, 2), 2 * length) * at::fft_rfft(filter_DL, 2 * length);
-  const Tensor y =
-      at::fft_irfft(product, 2 * length).narrow(2, 0, length).transpose(1, 2) + p.skip * p.u;
+  const Tensor y = test::fft_convolution(p.u, filter_DL) + p.skip * p.u;
   EXPECT_LE(relative_rms(std::get<0>(ops::modal(p.u, p.log_poles, p.residues, p.skip)), y), 1e-13);
   const auto got = ops::modal(p.u.to(at::kFloat), p.log_poles.to(at::kFloat),
                               p.residues.to(at::kFloat), p.skip.to(at::kFloat));
