@@ -272,11 +272,15 @@ Case modal_case(int64_t batch, int64_t length, int64_t dim, int64_t groups, int6
           .has_state = true};
 }
 
+using HyenaModal = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
+    const OptionalTensor& skip, const OptionalTensor& featurizer_state,
+    const OptionalTensor& inner_state, bool save);
 using HyenaModalBwd = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
     const Tensor& dy, const OptionalTensor& d_featurizer_state, const OptionalTensor& d_inner_state,
     const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
     const OptionalTensor& skip, const OptionalTensor& featurizer_state,
-    const OptionalTensor& inner_state);
+    const OptionalTensor& inner_state, const OptionalTensor& saved);
 
 Operator hyena_modal_operator() {
   return {.run =
@@ -286,17 +290,26 @@ Operator hyena_modal_operator() {
                 put(state, {next.featurizer, next.inner});
                 return Tensors{y};
               },
-          .save = keep_inputs,
+          .save =
+              [](const Tensors& in, const Tensors&) {
+                static const auto op = ops::find_operator<HyenaModal>("sarissa::hyena_modal");
+                Tensors saved = in;
+                saved.push_back(std::get<3>(
+                    op.call(in[0], in[1], in[2], in[3], in[4], std::nullopt, std::nullopt, true)));
+                return saved;
+              },
           .bwd =
               [](const Tensors& saved, const Tensors& cotangents) {
                 static const auto op =
                     ops::find_operator<HyenaModalBwd>("sarissa::hyena_modal_bwd");
                 constexpr auto none = std::nullopt;
                 const auto [dz, d_featurizer, d_log_poles, d_residues, d_skip, d_featurizer_state,
-                            d_inner_state] = op.call(cotangents[0], none, none, saved[0], saved[1],
-                                                     saved[2], saved[3], saved[4], none, none);
+                            d_inner_state] =
+                    op.call(cotangents[0], none, none, saved[0], saved[1], saved[2], saved[3],
+                            saved[4], none, none, saved[5]);
                 return Tensors{dz, d_featurizer, d_log_poles, d_residues, d_skip};
-              }};
+              },
+          .saves_detail = true};
 }
 
 Case hyena_modal_case(int64_t batch, int64_t length, int64_t dim, int64_t groups, int64_t modes) {

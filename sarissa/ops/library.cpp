@@ -23,16 +23,16 @@ TORCH_LIBRARY(sarissa, m) {
       "linear_cross_entropy(Tensor hidden, Tensor head, Tensor targets, Tensor weights) -> "
       "Tensor");
 
-  // Hyena-LI: featurizer, pre-gate, modal convolution, skip, post-gate; z [B, L, 3D]. Returns y and
-  // both states.
+  // Hyena-LI: featurizer, pre-gate, modal convolution, skip, post-gate; z [B, L, 3D]. Returns y,
+  // both states and, with `save`, states along the way that a fast backward on a GPU wants.
   m.def(
       "hyena_modal(Tensor z, Tensor featurizer, Tensor log_poles, Tensor residues,"
-      " Tensor? skip=None, Tensor? featurizer_state=None, Tensor? inner_state=None)"
-      " -> (Tensor, Tensor, Tensor)");
+      " Tensor? skip=None, Tensor? featurizer_state=None, Tensor? inner_state=None,"
+      " bool save=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "hyena_modal_bwd(Tensor dy, Tensor? d_featurizer_state, Tensor? d_inner_state, Tensor z,"
       " Tensor featurizer, Tensor log_poles, Tensor residues, Tensor? skip,"
-      " Tensor? featurizer_state, Tensor? inner_state)"
+      " Tensor? featurizer_state, Tensor? inner_state, Tensor? saved=None)"
       " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Modal convolution: s_n <- exp(log_poles_n) s_n + u, y = sum_n residues_n s_n + skip u; u
   // [B, L, D], poles and residues [G, N], state [B, D, N]. Returns y and the state.

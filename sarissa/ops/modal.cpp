@@ -24,6 +24,10 @@ OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t
 /// Channels next to each other in memory.
 Tensor channels_contiguous(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
+bool fwd_is_native(const kernels::ModalInputs& in, kernels::DType dtype) {
+  return cuda_kernels().modal_fwd_is_native(in, dtype);
+}
+
 /// The arguments of modal (featurizer undefined) and hyena_modal, checked and in the forms that the
 /// kernels take. Keeps the tensors that `in` points into.
 struct Arguments {
@@ -78,7 +82,10 @@ struct Arguments {
     in.residues = data(residues_GN);
     in.state = data(state_BDN);
     in.featurizer = data(featurizer);
-    native = u.is_cuda() && takes_natively(in, dtype);
+    if (u.is_cuda()) {
+      const c10::DeviceGuard guard(u.device());
+      native = takes_natively(in, dtype);
+    }
     if (given(skip)) {
       TORCH_CHECK(skip->dim() == 1 && skip->size(0) == width, "sarissa::", op, ": skip has shape ",
                   skip->sizes(), "; expected [", width, "]");
@@ -144,19 +151,41 @@ struct Arguments {
   Tensor workspace(int64_t bytes) const { return at::empty({bytes}, options().dtype(at::kByte)); }
 };
 
-/// y, state and for hyena_modal the featurizer's state.
-std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& args) {
+struct Outputs {
+  Tensor y, state;
+  Tensor featurizer_state;  // of hyena_modal
+  Tensor saved;             // of hyena_modal; see modal_saved_entries(), empty where that is 0
+};
+
+/// How `saved` is laid out; without `save` it is empty.
+std::vector<int64_t> saved_shape(const Arguments& args, bool save) {
+  const kernels::ModalInputs& in = args.in;
+  const int64_t entries =
+      save ? kernels::modal_saved_entries(in.length, in.width, in.modes, args.dtype) : 0;
+  return {in.batch, entries, in.width, kernels::kModalTensorModes};
+}
+
+Outputs forward(const Arguments& args, bool save = false) {
   const kernels::ModalInputs& in = args.in;
   Tensor y = at::empty({in.batch, in.length, in.width}, args.options());
   Tensor state = at::empty({in.batch, in.width, in.modes}, args.compute_options());
-  Tensor featurizer_state;
-  if (args.gated()) featurizer_state = at::empty({in.batch, 2, 3 * in.width}, args.options());
-  if (args.u.is_meta()) return {y, state, featurizer_state};
+  Tensor featurizer_state, saved;
+  if (args.gated()) {
+    featurizer_state = at::empty({in.batch, 2, 3 * in.width}, args.options());
+    const std::vector<int64_t> shape = saved_shape(args, save);
+    // Only a GPU fills it.
+    saved = args.u.is_cpu() ? at::zeros(shape, args.compute_options())
+                            : at::empty(shape, args.compute_options());
+  }
+  if (args.u.is_meta()) return {y, state, featurizer_state, saved};
   kernels::ModalFwdParams params;
   params.in = in;
   params.y = y.mutable_data_ptr();
   params.state_out = state.mutable_data_ptr();
-  if (args.gated()) params.featurizer_state_out = featurizer_state.mutable_data_ptr();
+  if (args.gated()) {
+    params.featurizer_state_out = featurizer_state.mutable_data_ptr();
+    if (saved.numel() > 0) params.saved = saved.mutable_data_ptr();
+  }
   launch(
       args.u, args.op, kernels::modal_items_cpu(in, args.dtype), args.work(),
       [&](int64_t begin, int64_t end) {
@@ -170,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Arguments& args) {
         params.workspace = workspace.mutable_data_ptr();
         return cuda.modal_fwd(params, args.dtype, stream);
       });
-  return {y, state, featurizer_state};
+  return {y, state, featurizer_state, saved};
 }
 
 struct Gradients {
@@ -178,8 +207,9 @@ struct Gradients {
 };
 
 /// Gradients of every argument, in compute dtype for the parameters.
+/// `saved`: what hyena_modal returned, or none.
 Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor& dfeaturizer_state,
-                   const OptionalTensor& dstate) {
+                   const OptionalTensor& dstate, const OptionalTensor& saved = std::nullopt) {
   const kernels::ModalInputs& in = args.in;
   const std::vector<int64_t> y_shape{in.batch, in.length, in.width};
   const std::vector<int64_t> state_shape{in.batch, in.width, in.modes};
@@ -189,6 +219,9 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
   if (given(dfeaturizer_state)) {
     args.check_state(*dfeaturizer_state, "d_featurizer_state", featurizer_state_shape,
                      args.u.scalar_type());
+  }
+  if (given(saved) && saved->numel() > 0) {
+    args.check_state(*saved, "saved", saved_shape(args, true), at::kFloat);
   }
 
   Gradients out;
@@ -209,6 +242,7 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
 
   const Tensor dy_BLD = channels_contiguous(dy);
   const Tensor dstate_BDN = given(dstate) ? dstate->contiguous() : Tensor();
+  const Tensor saved_BKDN = given(saved) && saved->numel() > 0 ? saved->contiguous() : Tensor();
   const Tensor dfeaturizer_state_out =
       given(dfeaturizer_state) ? dfeaturizer_state->contiguous() : Tensor();
   const Tensor dlog_poles_BND = at::empty({in.batch, in.modes, in.width}, args.compute_options());
@@ -220,6 +254,7 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
   params.dy_batch_stride = dy_BLD.stride(0);
   params.dy_time_stride = dy_BLD.stride(1);
   if (dstate_BDN.defined()) params.dstate_out = dstate_BDN.const_data_ptr();
+  if (saved_BKDN.defined()) params.saved = saved_BKDN.const_data_ptr();
   params.du = out.u.mutable_data_ptr();
   params.dstate = out.state.mutable_data_ptr();
   params.dlog_poles_BND = dlog_poles_BND.mutable_data_ptr();
@@ -256,21 +291,23 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
 std::tuple<Tensor, Tensor> modal_impl(const Tensor& u, const Tensor& log_poles,
                                       const Tensor& residues, const OptionalTensor& skip,
                                       const OptionalTensor& state) {
-  const Arguments args("modal", kernels::modal_fwd_is_native, u, Tensor(), log_poles, residues,
-                       skip, std::nullopt, state);
-  const auto [y, state_out, none] = forward(args);
-  return {y, state_out};
+  const Arguments args("modal", fwd_is_native, u, Tensor(), log_poles, residues, skip, std::nullopt,
+                       state);
+  const Outputs out = forward(args);
+  return {out.y, out.state};
 }
 
-std::tuple<Tensor, Tensor, Tensor> hyena_modal_impl(const Tensor& z, const Tensor& featurizer,
-                                                    const Tensor& log_poles, const Tensor& residues,
-                                                    const OptionalTensor& skip,
-                                                    const OptionalTensor& featurizer_state,
-                                                    const OptionalTensor& inner_state) {
-  const Arguments args("hyena_modal", kernels::modal_fwd_is_native, z, featurizer, log_poles,
-                       residues, skip, featurizer_state, inner_state);
-  const auto [y, state_out, featurizer_state_out] = forward(args);
-  return {y, featurizer_state_out, state_out};
+/// y, the states of the featurizer and of the convolution, and what the backward wants.
+using HyenaOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+HyenaOutputs hyena_modal_impl(const Tensor& z, const Tensor& featurizer, const Tensor& log_poles,
+                              const Tensor& residues, const OptionalTensor& skip,
+                              const OptionalTensor& featurizer_state,
+                              const OptionalTensor& inner_state, bool save) {
+  const Arguments args("hyena_modal", fwd_is_native, z, featurizer, log_poles, residues, skip,
+                       featurizer_state, inner_state);
+  const Outputs out = forward(args, save);
+  return {out.y, out.featurizer_state, out.state, out.saved};
 }
 
 /// The gradient in the dtype of the parameter.
@@ -295,10 +332,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hyena_modal_b
     const Tensor& dy, const OptionalTensor& dfeaturizer_state, const OptionalTensor& dinner_state,
     const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
     const OptionalTensor& skip, const OptionalTensor& featurizer_state,
-    const OptionalTensor& inner_state) {
+    const OptionalTensor& inner_state, const OptionalTensor& saved) {
   const Arguments args("hyena_modal_bwd", kernels::modal_bwd_is_native, z, featurizer, log_poles,
                        residues, skip, featurizer_state, inner_state);
-  const Gradients g = backward(args, dy, dfeaturizer_state, dinner_state);
+  const Gradients g = backward(args, dy, dfeaturizer_state, dinner_state, saved);
   return {g.u,
           like(g.featurizer, featurizer).contiguous(),
           like(g.log_poles, log_poles),
@@ -315,13 +352,12 @@ std::tuple<Tensor, Tensor> call_modal(const Tensor& u, const Tensor& log_poles,
   return op.call(u, log_poles, residues, skip, state);
 }
 
-std::tuple<Tensor, Tensor, Tensor> call_hyena_modal(const Tensor& z, const Tensor& featurizer,
-                                                    const Tensor& log_poles, const Tensor& residues,
-                                                    const OptionalTensor& skip,
-                                                    const OptionalTensor& featurizer_state,
-                                                    const OptionalTensor& inner_state) {
+HyenaOutputs call_hyena_modal(const Tensor& z, const Tensor& featurizer, const Tensor& log_poles,
+                              const Tensor& residues, const OptionalTensor& skip,
+                              const OptionalTensor& featurizer_state,
+                              const OptionalTensor& inner_state, bool save) {
   static const auto op = find_operator<decltype(hyena_modal_impl)>("sarissa::hyena_modal");
-  return op.call(z, featurizer, log_poles, residues, skip, featurizer_state, inner_state);
+  return op.call(z, featurizer, log_poles, residues, skip, featurizer_state, inner_state, save);
 }
 
 /// An optional input's gradient, undefined where there was no input.
@@ -358,14 +394,15 @@ class HyenaModal : public torch::autograd::Function<HyenaModal> {
   static variable_list forward(AutogradContext* ctx, const Tensor& z, const Tensor& featurizer,
                                const Tensor& log_poles, const Tensor& residues,
                                const OptionalTensor& skip, const OptionalTensor& featurizer_state,
-                               const OptionalTensor& inner_state) {
+                               const OptionalTensor& inner_state, bool save) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->set_materialize_grads(false);
+    const auto [y, featurizer_state_out, inner_state_out, saved] = call_hyena_modal(
+        z, featurizer, log_poles, residues, skip, featurizer_state, inner_state, save);
     ctx->save_for_backward({z, featurizer, log_poles, residues, saved_optional(skip),
-                            saved_optional(featurizer_state), saved_optional(inner_state)});
-    const auto [y, featurizer_state_out, inner_state_out] =
-        call_hyena_modal(z, featurizer, log_poles, residues, skip, featurizer_state, inner_state);
-    return {y, featurizer_state_out, inner_state_out};
+                            saved_optional(featurizer_state), saved_optional(inner_state), saved});
+    ctx->mark_non_differentiable({saved});
+    return {y, featurizer_state_out, inner_state_out, saved};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
@@ -378,14 +415,15 @@ class HyenaModal : public torch::autograd::Function<HyenaModal> {
         grad_or_zeros(gradients[0], {z.size(0), z.size(1), z.size(2) / 3}, z.options());
     const auto [dz, dfeaturizer, dlog_poles, dresidues, dskip, dfeaturizer_state, dinner_state] =
         op.call(dy, optional(gradients[1]), optional(gradients[2]), z, saved[1], saved[2], saved[3],
-                optional(skip), optional(featurizer_state), optional(inner_state));
+                optional(skip), optional(featurizer_state), optional(inner_state), saved[7]);
     return {dz,
             dfeaturizer,
             dlog_poles,
             dresidues,
             gradient_of(skip, dskip),
             gradient_of(featurizer_state, dfeaturizer_state),
-            gradient_of(inner_state, dinner_state)};
+            gradient_of(inner_state, dinner_state),
+            Tensor()};
   }
 };
 
@@ -396,15 +434,22 @@ std::tuple<Tensor, Tensor> modal_autograd(const Tensor& u, const Tensor& log_pol
   return {out[0], out[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> hyena_modal_autograd(const Tensor& z, const Tensor& featurizer,
-                                                        const Tensor& log_poles,
-                                                        const Tensor& residues,
-                                                        const OptionalTensor& skip,
-                                                        const OptionalTensor& featurizer_state,
-                                                        const OptionalTensor& inner_state) {
-  const variable_list out =
-      HyenaModal::apply(z, featurizer, log_poles, residues, skip, featurizer_state, inner_state);
-  return {out[0], out[1], out[2]};
+HyenaOutputs hyena_modal_autograd(const Tensor& z, const Tensor& featurizer,
+                                  const Tensor& log_poles, const Tensor& residues,
+                                  const OptionalTensor& skip,
+                                  const OptionalTensor& featurizer_state,
+                                  const OptionalTensor& inner_state, bool save) {
+  const auto differentiated = [](const OptionalTensor& t) {
+    return given(t) && t->requires_grad();
+  };
+  // Inference does not save: the writes cost time.
+  save = save || (at::GradMode::is_enabled() &&
+                  (z.requires_grad() || featurizer.requires_grad() || log_poles.requires_grad() ||
+                   residues.requires_grad() || differentiated(skip) ||
+                   differentiated(featurizer_state) || differentiated(inner_state)));
+  const variable_list out = HyenaModal::apply(z, featurizer, log_poles, residues, skip,
+                                              featurizer_state, inner_state, save);
+  return {out[0], out[1], out[2], out[3]};
 }
 
 void register_kernels(torch::Library& m) {
@@ -437,9 +482,9 @@ std::tuple<Tensor, HyenaState> hyena_modal(const Tensor& z_BLC, const Tensor& fe
   const auto part = [&](Tensor HyenaState::*member) {
     return state.has_value() ? optional((*state).*member) : std::nullopt;
   };
-  const auto [y, featurizer_state, inner_state] =
+  const auto [y, featurizer_state, inner_state, saved] =
       call_hyena_modal(z_BLC, featurizer, log_poles_GN, residues_GN, skip_D,
-                       part(&HyenaState::featurizer), part(&HyenaState::inner));
+                       part(&HyenaState::featurizer), part(&HyenaState::inner), false);
   return {y, {featurizer_state, inner_state}};
 }
 

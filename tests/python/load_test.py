@@ -95,6 +95,7 @@ def opcheck_cases():
         ("hyena_fir_bwd", dy, z_state, fir_state, z, featurizer, taps, skip, z_state, fir_state),
         ("hyena_modal", z, featurizer, log_poles, residues, skip),
         ("hyena_modal", z, featurizer, log_poles, residues, skip, z_state, modal_state),
+        ("hyena_modal", z, featurizer, log_poles, residues, skip, z_state, modal_state, True),
         ("hyena_modal_bwd", dy, z_state, modal_state, z, featurizer, log_poles, residues, skip,
          z_state, modal_state),
         ("linear_cross_entropy", draw(L, 6), draw(9, 6), targets, weights),

@@ -43,6 +43,8 @@ struct ModalFwdParams {
   void* y = nullptr;                     // [B, L, D] element type
   void* featurizer_state_out = nullptr;  // [B, 2, 3D] element type; gated only
   void* state_out = nullptr;             // [B, D, N] compute type
+  /// States for the backward (modal_plan.h has the layout); null: not wanted.
+  void* saved = nullptr;
   /// CPU: modal_fwd_workspace_cpu() bytes for each call that runs at the same time, aligned to 64.
   /// CUDA: modal_fwd_workspace_cuda() bytes.
   void* workspace = nullptr;
@@ -55,6 +57,7 @@ struct ModalBwdParams {
   int64_t dy_time_stride = 0;
   const void* dfeaturizer_state_out = nullptr;  // [B, 2, 3D] element type; null: zeros
   const void* dstate_out = nullptr;             // [B, D, N] compute type; null: zeros
+  const void* saved = nullptr;                  // what the forward saved, or null
 
   void* du = nullptr;                 // [B, L, D], gated: [B, L, 3D]; element type
   void* dfeaturizer_state = nullptr;  // [B, 2, 3D] element type; gated only

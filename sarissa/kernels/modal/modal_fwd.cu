@@ -101,7 +101,7 @@ Status launch(const ModalFwdParams& p, cudaStream_t stream) {
 
 /// The plan of the tensor core kernel, where it takes the problem and this GPU can run it.
 ModalTensorFwd tensor_plan(const ModalInputs& in, DType dtype) {
-  const ModalTensorFwd plan = modal_tensor_fwd_plan(in, dtype);
+  const ModalTensorFwd plan = modal_tensor_fwd_plan(in, dtype, multiprocessors());
   return plan && modal_tensor_fwd_runs(plan) ? plan : ModalTensorFwd{};
 }
 
@@ -112,7 +112,10 @@ bool modal_fwd_is_native_cuda(const ModalInputs& in, DType dtype) {
 }
 
 int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype) {
-  if (modal_fwd_is_native_cuda(in, dtype)) return 0;
+  if (modal_step_takes(in, dtype)) return 0;
+  if (const ModalTensorFwd plan = tensor_plan(in, dtype)) {
+    return modal_tensor_fwd_workspace(in, plan);
+  }
   const int64_t states = in.batch * in.modes * in.width;
   return dtype == DType::kFloat64
              ? modal_tables_bytes<double>(in) + states * int64_t{sizeof(double)}

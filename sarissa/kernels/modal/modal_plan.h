@@ -1,7 +1,9 @@
 // Which kernel takes a problem of the modal family on a GPU. Pure functions of the problem.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "sarissa/kernels/modal/modal.h"
 
@@ -22,11 +24,55 @@ inline bool modal_step_takes(const ModalInputs& in, DType dtype) {
          in.batch <= 65535 && aligned(in.log_poles) && aligned(in.residues) && aligned(in.state);
 }
 
-/// Whether the kernel that takes the problem on a GPU is native: it reads the featurizer and the
-/// skip as the operator has them (see modal.h).
-inline bool modal_fwd_is_native(const ModalInputs& in, DType dtype) {
-  return modal_step_takes(in, dtype);
+/// The tensor core kernels of hyena_modal: bfloat16, channels in columns of kModalTensorChannels,
+/// each with kModalTensorModes modes. Those that the problem lacks do nothing.
+constexpr int kModalTensorChannels = 32;
+constexpr int kModalTensorModes = 16;
+
+/// What the forward saves for the backward: float [B, entries, D, kModalTensorModes], entry k the
+/// states (before residues) just before step k kModalSavedSteps. The number of entries depends on
+/// sizes alone, so that a traced call sees that of the real one; 0: nothing is saved.
+constexpr int kModalSavedSteps = 128;
+inline int64_t modal_saved_entries(int64_t length, int64_t width, int64_t modes, DType dtype) {
+  const bool wanted = dtype == DType::kBFloat16 && length > 1 && modes <= kModalTensorModes &&
+                      width % kModalTensorChannels == 0;
+  return wanted ? (length + kModalSavedSteps - 1) / kModalSavedSteps : 0;
 }
+
+/// How the tensor core forward takes a problem: `columns` of channels side by side, and for each of
+/// them and batch entry `ranks` CTAs that take its tiles of time in turn.
+struct ModalTensorFwd {
+  int columns = 0;  // 0: it does not take the problem
+  int ranks = 1;
+
+  explicit operator bool() const { return columns > 0; }
+};
+constexpr int kModalTensorTile = 256;
+constexpr int kModalTensorMostRanks = 16;
+
+/// Rows of z are copied in units of 16 bytes. One step is left to the kernels for steps.
+///
+/// As many ranks as fit beside each other, a multiprocessor each. Outputs do not depend on their
+/// number where it is not 1, and the first tile not even there: so appended tokens do not change
+/// the outputs before them.
+inline ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype,
+                                            int multiprocessors) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  const bool aligned = reinterpret_cast<uintptr_t>(in.u) % 16 == 0 &&
+                       (in.batch == 1 || in.u_batch_stride % 8 == 0) && in.u_time_stride % 8 == 0;
+  if (!in.gated() || dtype != DType::kBFloat16 || in.length <= 1 || in.length > kMost ||
+      in.modes > kModalTensorModes || in.width % kModalTensorChannels != 0 || in.width > kMost ||
+      in.batch < 1 || in.batch > 65535 || !aligned) {
+    return {};
+  }
+  const int64_t columns = in.width / kModalTensorChannels;
+  const int64_t tiles = (in.length + kModalTensorTile - 1) / kModalTensorTile;
+  const int64_t ranks =
+      std::min({multiprocessors / (columns * in.batch), tiles, int64_t{kModalTensorMostRanks}});
+  return {static_cast<int>(columns), static_cast<int>(std::max<int64_t>(1, ranks))};
+}
+
+/// Whether the backward that takes the problem on a GPU is native (see modal.h).
 inline bool modal_bwd_is_native(const ModalInputs&, DType) { return false; }
 
 }  // namespace sarissa::kernels

@@ -1,5 +1,5 @@
 // What the tensor core kernels of hyena_modal share: the modes of a channel as their tables are
-// made of them, and the layout of the states that the forward saves for the backward.
+// made of them. modal_plan.h has the layout of the states that the forward saves for the backward.
 //
 // Time is cut into blocks of kModalBlock steps. With u of a block as a vector, a block needs three
 // products (README.md): its end state from zero, its local outputs, and the outputs of the state
@@ -8,17 +8,12 @@
 
 #include "sarissa/kernels/common/tensor.cuh"
 #include "sarissa/kernels/modal/modal.cuh"
+#include "sarissa/kernels/modal/modal_plan.h"
 
 namespace sarissa::kernels {
 
-/// Modes of a channel in the tensor core kernels: those that the problem lacks do nothing and keep
-/// states of zero.
-constexpr int kModalTensorModes = 16;
 /// Steps of a block.
 constexpr int kModalBlock = 16;
-/// Saved states are [B, ceil(L / kModalSavedSteps), D, kModalTensorModes], float: entry k holds the
-/// states (before residues) just before step k kModalSavedSteps.
-constexpr int kModalSavedSteps = 128;
 
 /// lambda^k for k >= 0, good to a few 2^-24 (1 + |log(lambda^k)|); lambda may be 0.
 __device__ inline float modal_power(float log_pole, int k) {
@@ -45,6 +40,16 @@ struct ModalMode {
   }
 };
 
+/// copy_async of 16 bytes for rows of which a CTA takes half a line of 128 bytes: the first to ask
+/// brings the whole line to L2, where the CTA beside it finds the other half. DRAM gives lines
+/// faster than halves.
+__device__ inline void copy_async_line(void* shared, const void* global, bool good) {
+  asm volatile(
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(good ? 16 : 0)
+      : "memory");
+}
+
 /// Element `at` of the featurizer or the skip.
 __device__ inline float modal_parameter(const void* p, bool is_bf16, int64_t at) {
   return is_bf16 ? load(static_cast<const __nv_bfloat16*>(p) + at)
@@ -57,5 +62,11 @@ struct FloatPair {
   __device__ explicit FloatPair(double x)
       : high(static_cast<float>(x)), low(static_cast<float>(x - static_cast<double>(high))) {}
 };
+
+/// Whether this GPU has the shared memory that the plan needs.
+bool modal_tensor_fwd_runs(const ModalTensorFwd& plan);
+/// Bytes.
+int64_t modal_tensor_fwd_workspace(const ModalInputs& in, const ModalTensorFwd& plan);
+Status modal_tensor_fwd(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t stream);
 
 }  // namespace sarissa::kernels

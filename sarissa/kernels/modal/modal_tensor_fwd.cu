@@ -1,0 +1,748 @@
+// Forward of hyena_modal on tensor cores, bfloat16 with up to 16 modes: one pass over memory.
+//
+// A CTA owns 32 channels of one batch entry and marches through time in tiles of 16 blocks; the
+// carry, the modes' states between tiles, stays in registers. A tile goes through three phases:
+//   pre-gate   u = c_pre c_value, from rows of z to u[channel][step]; a thread has two channels and
+//              eight steps
+//   convolve   q = h * u + skip u, in place; a warp has two channels, whose filters it keeps as
+//              fragments for the whole march
+//   post-gate  y = c_post q; threads as in the pre-gate
+// Between two barriers the warps convolve one tile, finish the tile before it and prepare the one
+// after it. Half of them begin with the convolution, so that its products and scans overlap the
+// arithmetic of the gates.
+//
+// Where a few channels would leave most of the GPU idle, several CTAs, the ranks, take the tiles of
+// a column of channels in turn. A rank first finds where its tile ends from zero and tells the
+// others through global memory; a round later all of them know the ends of the round's tiles and
+// follow the carry through them. The ranks wait for each other, so the launch is cooperative.
+#include "sarissa/kernels/common/vector.cuh"
+#include "sarissa/kernels/modal/modal_tensor.cuh"
+
+namespace sarissa::kernels {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kModes = kModalTensorModes;
+constexpr int kBlock = kModalBlock;
+constexpr int kTileBlocks = 16;
+constexpr int kTile = kTileBlocks * kBlock;
+constexpr int kChannels = kModalTensorChannels;  // of a CTA
+constexpr int kPairs = kChannels / 2;
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kOwn = kChannels / kWarps;         // channels that a warp convolves
+constexpr int kRun = kTile * kPairs / kThreads;  // steps that a thread gates
+constexpr int kHalo = 2;                         // rows before a tile, for the featurizer
+constexpr int kSlots = 3;                        // tiles of z's thirds on the chip
+constexpr int kMailRounds = 4;                   // rounds that messages of ranks are kept
+constexpr int kRowBytes = kChannels * sizeof(bf16);
+constexpr int kChunks = kRowBytes / 16;
+static_assert(kModes == 16 && kBlock == 16, "the fragments below");
+
+/// u, then q, of a tile: [channel][step].
+constexpr int kChannelBytes = kTile * sizeof(bf16);
+
+/// A table with an entry per channel and mode.
+template <class T>
+using PerMode = T[kChannels][kModes];
+
+/// What the filters are made of.
+struct Setup {
+  PerMode<float> log_pole, residue;
+  float taps[kChannels][kBlock + 1];  // of the local convolution
+};
+
+/// Rounds by which a tile is convolved later than it could be: the ranks' messages travel
+/// meanwhile.
+template <bool kRanked>
+constexpr int kLag = kRanked ? 1 : 0;
+
+template <bool kRanked>
+struct Shared {
+  unsigned char z[3][kSlots][(kHalo + kTile) * kRowBytes];  // post, pre, value
+  union {
+    unsigned char u[2 + kLag<kRanked>][kChannels * kChannelBytes];
+    Setup setup;
+  };
+  float2 featurizer[3][3][kPairs];  // [third][tap]
+  PerMode<float4> decay;            // of one, two, four and eight blocks
+  PerMode<float> correction;        // see `convolve`
+  // Of the sequence's last block: the states before it, and its u.
+  PerMode<float> last_states;
+  bf16 last_u[kChannels][kBlock];
+};
+
+/// Where row j of a tile lies, row 0 kHalo steps before it. The gates read rows that are 8 apart
+/// together: they lie in different banks.
+__device__ constexpr int row_offset(int j) { return (j ^ (j >> 3 & 1)) * kRowBytes; }
+/// Where eight steps of u[channel] lie. Neither the same steps of neighbouring pairs of channels
+/// nor the blocks of a channel meet in a bank.
+__device__ constexpr int u_offset(int channel, int eight) {
+  return channel * kChannelBytes + (eight ^ (eight >> 3 & 3) ^ (channel / 2 & 7)) * 16;
+}
+
+/// Where a tile ends from zero, for one channel and mode. Read and written as a whole: a message is
+/// there or not, and needs no flag or fence beside it.
+struct alignas(8) TileEnd {
+  float state;
+  int number;  // of the round, from 1 on
+
+  __device__ void tell(TileEnd* to) const {
+    asm volatile("{.reg .b64 m; mov.b64 m, {%1, %2}; st.relaxed.gpu.global.b64 [%0], m;}" ::"l"(to),
+                 "f"(state), "r"(number)
+                 : "memory");
+  }
+  __device__ static TileEnd peek(const TileEnd* from) {
+    TileEnd end;
+    asm volatile("{.reg .b64 m; ld.relaxed.gpu.global.b64 m, [%2]; mov.b64 {%0, %1}, m;}"
+                 : "=f"(end.state), "=r"(end.number)
+                 : "l"(from)
+                 : "memory");
+    return end;
+  }
+};
+/// Messages [kMailRounds, columns, ranks, kChannels, kModes], all columns of all batch entries.
+constexpr int kMail = kChannels * kModes;
+inline int64_t mail_bytes(const ModalTensorFwd& plan, int64_t batch) {
+  if (plan.ranks == 1) return 0;
+  return kMailRounds * batch * plan.columns * plan.ranks * kMail * int64_t{sizeof(TileEnd)};
+}
+
+/// A CTA's channels of one batch entry.
+struct Column {
+  int b, channel;  // the first of kChannels
+  int length;
+  const bf16* z;  // [L, 3D] from that channel on
+  int64_t stride, width;
+
+  __device__ Column(const ModalInputs& in, int column)
+      : b(static_cast<int>(blockIdx.y)),
+        channel(column * kChannels),
+        length(static_cast<int>(in.length)),
+        z(static_cast<const bf16*>(in.u) + b * in.u_batch_stride + channel),
+        stride(in.u_time_stride),
+        width(in.width) {}
+
+  /// Row t >= -2 of one third of z, or null for zeros.
+  __device__ const bf16* row(const ModalInputs& in, int third, int t) const {
+    if (t >= 0) return z + t * stride + third * width;
+    if (in.featurizer_state == nullptr) return nullptr;
+    return static_cast<const bf16*>(in.featurizer_state) +
+           ((int64_t{b} * kHalo + t + kHalo) * 3 + third) * width + channel;
+  }
+};
+
+/// A thread's share of the copies of one tile after another: a chunk of two rows of each third, and
+/// for a few threads of one of the rows before the tile. The post-gate's third comes kBehind rounds
+/// after the others, since it is needed later.
+template <bool kRanked>
+struct Copies {
+  static constexpr int kRows = kThreads / kChunks;  // that all threads copy at a time
+  static constexpr int kBehind = 2 + kLag<kRanked>;
+  static_assert(kTile == 2 * kRows && kRows % 16 == 0);
+
+  const bf16* from;  // the chunk of the first row of the next tile's first third
+  int rows;          // of the sequence from there on
+  int to;            // where the chunk lies in a slot
+  int round;         // steps from a tile of this CTA to its next
+
+  __device__ Copies(const Column& cta, int tile, int ranks) : round(ranks * kTile) {
+    const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
+    const int t = tile * kTile + row;
+    from = cta.z + t * cta.stride + thread % kChunks * 8;
+    rows = cta.length - t;
+    to = row_offset(row + kHalo) + thread % kChunks * 16;
+  }
+  /// Copies the next tile to slots of pre and value and an earlier tile to one of post; null for
+  /// none. A tile's halo is copied unless it lies before the sequence.
+  __device__ void copy(const Column& cta, unsigned char* post, unsigned char* pre,
+                       unsigned char* value, bool post_halo, bool pre_halo) {
+    const bf16* const post_from = from - kBehind * round * cta.stride;
+    const bf16* const pre_from = from + cta.width;
+    const bf16* const value_from = pre_from + cta.width;
+    const int64_t half = kRows * cta.stride;
+    if (pre != nullptr) {
+      copy_async_line(pre + to, pre_from, rows > 0);
+      copy_async_line(value + to, value_from, rows > 0);
+      copy_async_line(pre + to + kRows * kRowBytes, pre_from + half, rows > kRows);
+      copy_async_line(value + to + kRows * kRowBytes, value_from + half, rows > kRows);
+    }
+    if (post != nullptr) {
+      const int post_rows = rows + kBehind * round;
+      copy_async_line(post + to, post_from, post_rows > 0);
+      copy_async_line(post + to + kRows * kRowBytes, post_from + half, post_rows > kRows);
+    }
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    if (warp < 3) {  // a warp for each third
+      unsigned char* const slot = warp == kPost ? post : warp == kPre ? pre : value;
+      const bf16* const row = warp == kPost ? post_from : warp == kPre ? pre_from : value_from;
+      const bool halo = warp == kPost ? post_halo : pre_halo;
+      const int before = 32 / kChunks * warp + kHalo;  // rows from there to this thread's own
+      const int halo_rows = (warp == kPost ? rows + kBehind * round : rows) + before;
+      if (halo && slot != nullptr && lane < kHalo * kChunks) {
+        copy_async_line(slot + row_offset(lane / kChunks) + lane % kChunks * 16,
+                        row - before * cta.stride, halo_rows > 0);
+      }
+    }
+    from += round * cta.stride;
+    rows -= round;
+  }
+};
+
+/// A thread's share of the gates: kRun steps of two channels in every tile.
+struct Run {
+  int pair, run;
+  int even, odd;  // offsets of its rows, of even and odd number
+  int u;          // offset of its steps of u
+
+  __device__ Run() {
+    const int thread = static_cast<int>(threadIdx.x);
+    pair = thread % kPairs;
+    run = thread / kPairs;
+    const int first = run * kRun * kRowBytes + pair * 4, swap = run % 2 * kRowBytes;
+    even = first + swap;
+    odd = first - swap;
+    u = u_offset(2 * pair, run);
+  }
+
+  /// Calls f(i, c) for the run's steps, c the featurizer's output of one third or of two thirds.
+  template <int kThirds, class F>
+  __device__ void featurize(const unsigned char* const (&z)[kThirds],
+                            const float2 (*const (&taps)[kThirds])[kPairs], const F& f) const {
+    static_assert(kRun == 8, "row_offset() alternates between runs");
+    float2 f0[kThirds], f1[kThirds], f2[kThirds], z1[kThirds], z2[kThirds], c[kThirds];
+#pragma unroll
+    for (int k = 0; k < kThirds; ++k) {
+      f0[k] = taps[k][0][pair];
+      f1[k] = taps[k][1][pair];
+      f2[k] = taps[k][2][pair];
+    }
+#pragma unroll
+    for (int i = 0; i < kRun + kHalo; ++i) {
+      const int at = i < kRun ? (i % 2 == 0 ? even : odd) + i * kRowBytes
+                              : (i == kRun ? odd : even) + (i ^ 1) * kRowBytes;
+#pragma unroll
+      for (int k = 0; k < kThirds; ++k) {
+        const uint32_t row = *reinterpret_cast<const uint32_t*>(z[k] + at);
+        const float2 z0 = {low_of(row), high_of(row)};
+        if (i >= kHalo) {
+          c[k].x = three_taps(f0[k].x, f1[k].x, f2[k].x, z0.x, z1[k].x, z2[k].x);
+          c[k].y = three_taps(f0[k].y, f1[k].y, f2[k].y, z0.y, z1[k].y, z2[k].y);
+        }
+        z2[k] = z1[k];
+        z1[k] = z0;
+      }
+      if (i >= kHalo) f(i - kHalo, c);
+    }
+  }
+};
+
+/// The mode of element j of what a lane holds of a channel's states.
+__device__ inline int mode_of(int column, int j) { return column + j % 2 + j / 2 * 8; }
+/// The state before the first step.
+__device__ inline float initial_state(const ModalInputs& in, const Column& cta, int own, int n) {
+  if (in.state == nullptr || n >= in.modes) return 0.0f;
+  return static_cast<const float*>(in.state)[(cta.b * in.width + cta.channel + own) * in.modes + n];
+}
+
+/// The filter of one channel as fragments, for a warp. A tile's blocks are the rows of its
+/// products: row r of the upper half is block 2 r, of the lower half block 2 r + 1, so that a lane
+/// has neighbouring blocks.
+struct Filter {
+  // All as high + low. ends [step, mode] = lambda^(15 - step); reach [mode, step] = residue
+  // lambda^(step + 1); local [step', step] = h[step - step'] with the skip in h[0], of which two
+  // fragments say all.
+  SplitPair ends[2][2], reach[2][2], local[2];
+  // States before the tile of the modes of this lane's columns: in lanes of row 0, in others 0. Not
+  // used by ranks.
+  float carry[4];
+
+  /// Channel `own` of the CTA.
+  __device__ Filter(const ModalInputs& in, const Setup& setup, const Column& cta, int own) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, column = lane % 4 * 2;
+    const int modes = static_cast<int>(in.modes);
+    const float* const log_poles = setup.log_pole[own];
+    const float* const residues = setup.residue[own];
+    const auto power = [&](int n, int k) {
+      return n < modes ? modal_power(log_poles[n], k) : 0.0f;
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int n = row + 8 * half, step = column + 8 * k;
+        ends[half][k] = split_pair(power(n, kBlock - 1 - step), power(n, kBlock - 2 - step));
+        const int m = column + 8 * k, to = row + 8 * half;
+        reach[half][k] =
+            split_pair(residues[m] * power(m, to + 1), residues[m + 1] * power(m + 1, to + 1));
+      }
+      const int lag = 8 * half + row - column;
+      const float* const taps = setup.taps[own];
+      local[half] =
+          split_pair(lag >= 0 ? taps[max(lag, 0)] : 0.0f, lag >= 1 ? taps[max(lag - 1, 0)] : 0.0f);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      carry[j] = row == 0 ? initial_state(in, cta, own, mode_of(column, j)) : 0.0f;
+    }
+  }
+};
+
+/// The end states of the blocks from zero: x[j][h] of mode column + j % 2 + j / 2 * 8 and block
+/// 2 row + h.
+__device__ inline void end_states(const Filter& f, const uint32_t (&u)[4], float (&x)[4][2]) {
+  const float zero[4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float e[4];
+    mma(e, u, f.ends[half][0].low, f.ends[half][1].low, zero);
+    mma(e, u, f.ends[half][0].high, f.ends[half][1].high, e);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      x[2 * half + j][0] = e[j];
+      x[2 * half + j][1] = e[2 + j];
+    }
+  }
+}
+
+/// s += factor * (s of the lane kUp rows above), where there is one.
+template <int kUp>
+__device__ inline void add_from_above(float& s, float factor) {
+  asm volatile(
+      "{.reg .pred p; .reg .f32 above; shfl.sync.up.b32 above|p, %0, %2, 0, -1;"
+      "@p fma.rn.f32 %0, %1, above, %0;}"
+      : "+f"(s)
+      : "f"(factor), "n"(4 * kUp));
+}
+/// s: the states after this lane's second block; `start` those before the tile in lanes of row 0,
+/// zero in the others. Step by step for all modes, since a step waits for its shuffle.
+__device__ inline void scan(const float4 (&decay)[4], const float (&x)[4][2],
+                            const float (&start)[4], float (&s)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    s[j] = fmaf(decay[j].y, start[j], fmaf(decay[j].x, x[j][0], x[j][1]));
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) add_from_above<1>(s[j], decay[j].y);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) add_from_above<2>(s[j], decay[j].z);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) add_from_above<4>(s[j], decay[j].w);
+}
+/// lambda^kTile as scan() multiplies it, up to the roundings of its sums.
+__device__ inline double scan_decay(const float4& decay) {
+  return static_cast<double>(decay.y) * decay.y * decay.z * decay.w;
+}
+
+template <bool kRanked>
+__global__ void __launch_bounds__(kThreads, 1)
+    modal_tensor_fwd_kernel(const __grid_constant__ ModalFwdParams p, int plan_ranks) {
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared<kRanked>*>(shared_bytes);
+  const ModalInputs& in = p.in;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int row = lane / 4, column = lane % 4 * 2;
+  const int ranks = kRanked ? plan_ranks : 1;
+  const int rank = static_cast<int>(blockIdx.x) % ranks;
+  const int my_column = static_cast<int>(blockIdx.x) / ranks;
+  const Column cta(in, my_column);
+  const int tiles = ceil_div(cta.length, kTile), rounds = ceil_div(tiles, ranks);
+  const auto tile_of = [&](int round) { return round * ranks + rank; };
+
+  Copies<kRanked> copies(cta, rank, ranks);
+  // Copies the tile of `round`, and for the post-gate that of an earlier round.
+  const auto copy = [&](int round, int slot, int post_slot) {
+    const bool pre = round < rounds;
+    const int post_round = round - copies.kBehind;
+    const bool post = post_round >= 0 && post_round < rounds;
+    copies.copy(cta, post ? shared.z[kPost][post_slot] : nullptr,
+                pre ? shared.z[kPre][slot] : nullptr, pre ? shared.z[kValue][slot] : nullptr,
+                post_round + rank > 0, round + rank > 0);
+    copies_commit();
+  };
+#pragma unroll
+  for (int round = 0; round < kSlots; ++round) copy(round, round, 0);
+
+  // Tables, while the first tiles arrive.
+  auto& setup = shared.setup;
+  static_assert(kThreads == kChannels * kModes);
+  const int my_channel = thread / kModes, my_mode = thread % kModes;
+  const ModalMode mode(in, cta.channel + my_channel, my_mode);
+  const double lambda = mode.there ? mode.exact_power(1) : 0.0;
+  double lambda_to_tile;
+  {
+    setup.log_pole[my_channel][my_mode] = mode.log_pole;
+    setup.residue[my_channel][my_mode] = mode.residue;
+    double block_decay = lambda;
+#pragma unroll
+    for (int k = 1; k < kBlock; k *= 2) block_decay *= block_decay;
+    lambda_to_tile = block_decay;
+#pragma unroll
+    for (int k = 1; k < kTileBlocks; k *= 2) lambda_to_tile *= lambda_to_tile;
+    float4 decay;
+    decay.x = static_cast<float>(block_decay);
+    decay.y = decay.x * decay.x;
+    decay.z = decay.y * decay.y;
+    decay.w = decay.z * decay.z;
+    shared.decay[my_channel][my_mode] = decay;
+    shared.correction[my_channel][my_mode] = static_cast<float>(lambda_to_tile - scan_decay(decay));
+  }
+  if (rank == 0 && thread < 3 * kHalo * kChunks) {  // the rows before the sequence
+    const int third = thread / (kHalo * kChunks), j = thread / kChunks % kHalo;
+    const bf16* const from = cta.row(in, third, j - kHalo);
+    const uint4 none = {};
+    *reinterpret_cast<uint4*>(shared.z[third][0] + row_offset(j) + thread % kChunks * 16) =
+        from != nullptr ? reinterpret_cast<const uint4*>(from)[thread % kChunks] : none;
+  }
+  for (int i = thread; i < 9 * kPairs; i += kThreads) {
+    const int pair = i % kPairs, tap = i / kPairs % 3, third = i / kPairs / 3;
+    const int64_t at = (third * in.width + cta.channel + 2 * pair) * 3 + tap;
+    shared.featurizer[third][tap][pair] = {
+        modal_parameter(in.featurizer, in.featurizer_is_T, at),
+        modal_parameter(in.featurizer, in.featurizer_is_T, at + 3)};
+  }
+  __syncthreads();
+  {
+    const int own = thread / kBlock, lag = thread % kBlock;
+    float h = 0.0f;
+    if (lag == 0 && in.skip != nullptr) {
+      h = modal_parameter(in.skip, in.skip_is_T, cta.channel + own);
+    }
+#pragma unroll
+    for (int n = 0; n < kModes; ++n) {
+      h = fmaf(setup.residue[own][n], modal_power(setup.log_pole[own][n], lag), h);
+    }
+    setup.taps[own][lag] = h;
+  }
+  __syncthreads();
+  Filter filters[kOwn] = {Filter(in, setup, cta, warp * kOwn),
+                          Filter(in, setup, cta, warp * kOwn + 1)};
+  __syncthreads();  // u takes the room of setup
+
+  const Run run;
+  const auto pre_gate = [&](int slot, unsigned char* u_tile) {
+    const unsigned char* const z[] = {shared.z[kPre][slot], shared.z[kValue][slot]};
+    const float2(*const taps[])[kPairs] = {shared.featurizer[kPre], shared.featurizer[kValue]};
+    float u[2][kRun];
+    run.featurize(z, taps, [&](int i, const float2(&c)[2]) {
+      u[0][i] = c[0].x * c[1].x;
+      u[1][i] = c[0].y * c[1].y;
+    });
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      *reinterpret_cast<uint4*>(u_tile + run.u + k * kChannelBytes) = {
+          pack_pair(u[k][0], u[k][1]), pack_pair(u[k][2], u[k][3]), pack_pair(u[k][4], u[k][5]),
+          pack_pair(u[k][6], u[k][7])};
+    }
+  };
+
+  // This thread's first step of the next tile that the post-gate takes.
+  int post_t = rank * kTile + run.run * kRun;
+  bf16* y = static_cast<bf16*>(p.y) + (int64_t{cta.b} * in.length + post_t) * in.width +
+            cta.channel + 2 * run.pair;
+  const auto post_gate = [&](int slot, const unsigned char* u_tile) {
+    const unsigned char* const z[] = {shared.z[kPost][slot]};
+    const float2(*const taps[])[kPairs] = {shared.featurizer[kPost]};
+    uint32_t q[2][kRun / 2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const auto four = *reinterpret_cast<const uint4*>(u_tile + run.u + k * kChannelBytes);
+      q[k][0] = four.x, q[k][1] = four.y, q[k][2] = four.z, q[k][3] = four.w;
+    }
+    uint32_t out[kRun];
+    run.featurize(z, taps, [&](int i, const float2(&c)[1]) {
+      const auto at = [&](uint32_t pair) { return i % 2 == 0 ? low_of(pair) : high_of(pair); };
+      out[i] = pack_pair(c[0].x * at(q[0][i / 2]), c[0].y * at(q[1][i / 2]));
+    });
+    bf16* to = y;
+    if (post_t + kRun <= cta.length) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i, to += in.width) *reinterpret_cast<uint32_t*>(to) = out[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i, to += in.width) {
+        if (post_t + i < cta.length) *reinterpret_cast<uint32_t*>(to) = out[i];
+      }
+    }
+    post_t += ranks * kTile;
+    y += ranks * kTile * in.width;
+  };
+
+  // This lane's row for load_matrices and its pairs of q, of the warp's first channel.
+  uint32_t u_row, q_pair;
+  {
+    const int matrix = lane / 8, block = 2 * (lane % 8) + matrix % 2;
+    u_row = u_offset(warp * kOwn, 2 * block + matrix / 2);
+  }
+  q_pair = u_offset(warp * kOwn, 2 * (2 * row)) + 2 * column;
+  opaque(u_row);
+  opaque(q_pair);
+  const auto load_u = [&](const unsigned char* u_tile, int k, uint32_t(&u)[4]) {
+    load_matrices(u, u_tile + u_row + k * kChannelBytes);
+  };
+
+  const auto load_decay = [&](int own, float4(&decay)[4]) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) decay[j] = shared.decay[own][mode_of(column, j)];
+  };
+
+  // Ranks: a warp's threads are those of its channels' modes. Messages of round 0 and rank 0 of
+  // this column, and the distance between rounds.
+  static_assert(kOwn * kModes == 32);
+  TileEnd* const mail = static_cast<TileEnd*>(p.workspace) +
+                        (int64_t{cta.b} * (gridDim.x / ranks) + my_column) * ranks * kMail +
+                        warp * 32;
+  const int64_t mail_round = int64_t{gridDim.x} * gridDim.y * kMail;
+  const auto publish_ends = [&](int round, const unsigned char* u_tile) {
+    TileEnd* const to = mail + round % kMailRounds * mail_round + rank * kMail;
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      uint32_t u[4];
+      float x[4][2], s[4];
+      float4 decay[4];
+      const float zero[4] = {};
+      load_u(u_tile, k, u);
+      end_states(filters[k], u, x);
+      load_decay(warp * kOwn + k, decay);
+      scan(decay, x, zero, s);
+      if (row != 7) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        TileEnd{s[j], round + 1}.tell(to + k * kModes + mode_of(column, j));
+      }
+    }
+  };
+  float carry = 0.0f;  // of the thread's mode, before the tiles of a round
+  if constexpr (kRanked) carry = initial_state(in, cta, my_channel, my_mode);
+  const FloatPair tile_decay(lambda_to_tile);
+  // The state before this rank's tile, of the thread's mode; the carry moves on.
+  const auto follow_carry = [&](int round) {
+    constexpr int kTogether = 4;
+    const TileEnd* const from = mail + round % kMailRounds * mail_round + lane;
+    float start = 0.0f;
+    for (int first = 0; first < ranks; first += kTogether) {
+      TileEnd ends[kTogether];
+      bool complete;
+      do {
+        complete = true;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          ends[i] = TileEnd::peek(from + min(first + i, ranks - 1) * kMail);
+          complete = complete && ends[i].number == round + 1;
+        }
+      } while (!complete);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (first + i == rank) start = carry;
+        if (first + i >= ranks) break;
+        carry = recur(tile_decay.high, tile_decay.low, carry, ends[i].state);
+      }
+    }
+    __syncwarp();
+    return start;
+  };
+
+  float* saved = nullptr;  // where this lane saves states of the warp's first channel
+  const int saved_entries = ceil_div(cta.length, kModalSavedSteps);
+  if (p.saved != nullptr && row % 4 == 0) {
+    saved = static_cast<float*>(p.saved) +
+            (cta.b * saved_entries * in.width + cta.channel + warp * kOwn) * kModes + column;
+  }
+  const auto convolve = [&](int round, unsigned char* u_tile) {
+    const int tile = tile_of(round);
+    const float zero[4] = {};
+    float my_start = 0.0f;
+    if constexpr (kRanked) my_start = follow_carry(round);
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      Filter& f = filters[k];
+      const int own = warp * kOwn + k;
+      uint32_t u[4];
+      float x[4][2], q[2][4];
+      load_u(u_tile, k, u);
+      end_states(f, u, x);
+      mma_k8(q[0], u[0], u[1], f.local[0].low, zero);
+      mma(q[1], u, f.local[1].low, f.local[0].low, zero);
+      mma_k8(q[0], u[0], u[1], f.local[0].high, q[0]);
+      mma(q[1], u, f.local[1].high, f.local[0].high, q[1]);
+
+      // s: the states before this lane's blocks.
+      float s[4][2], start[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (kRanked) {
+          start[j] = __shfl_sync(~0u, my_start, k * kModes + mode_of(column, j));
+          if (row != 0) start[j] = 0.0f;
+        } else {
+          start[j] = f.carry[j];
+        }
+      }
+      float4 decay[4];
+      float after[4];
+      load_decay(own, decay);
+      scan(decay, x, start, after);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float before = __shfl_sync(~0u, after[j], (lane + 28) % 32);  // row 0: after the tile
+        s[j][0] = row == 0 ? start[j] : before;
+        s[j][1] = fmaf(decay[j].x, s[j][0], x[j][0]);
+        if constexpr (!kRanked) {
+          // scan() multiplied the carry by powers that were rounded; this makes up for it.
+          f.carry[j] = fmaf(shared.correction[own][mode_of(column, j)], start[j], before);
+          if (row != 0) f.carry[j] = 0.0f;
+        }
+      }
+      if (saved != nullptr) {
+        static_assert(kModalSavedSteps == 4 * 2 * kBlock);
+        const int entry = tile * (kTile / kModalSavedSteps) + row / 4;
+        float* const to = saved + (entry * in.width + k) * kModes;
+        if (entry < saved_entries) {
+          *reinterpret_cast<float2*>(to) = {s[0][0], s[1][0]};
+          *reinterpret_cast<float2*>(to + 8) = {s[2][0], s[3][0]};
+        }
+      }
+      if (tile == tiles - 1) {
+        const int block = (cta.length - 1) % kTile / kBlock;
+        if (row == block / 2) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            shared.last_states[own][mode_of(column, j)] = block % 2 == 0 ? s[j][0] : s[j][1];
+          }
+        }
+        if (lane < 2) {
+          reinterpret_cast<uint4*>(shared.last_u[own])[lane] =
+              *reinterpret_cast<const uint4*>(u_tile + u_offset(own, 2 * block + lane));
+        }
+      }
+
+      // q += s reach, the small products first.
+      SplitPair a[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        a[j] = split_pair(s[j / 2 * 2][j % 2], s[j / 2 * 2 + 1][j % 2]);
+      }
+      const auto times = [&](uint32_t SplitPair::*left, uint32_t SplitPair::*right) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mma(q[half], a[0].*left, a[1].*left, a[2].*left, a[3].*left, f.reach[half][0].*right,
+              f.reach[half][1].*right, q[half]);
+        }
+      };
+      times(&SplitPair::low, &SplitPair::high);
+      times(&SplitPair::high, &SplitPair::low);
+      times(&SplitPair::high, &SplitPair::high);
+      __syncwarp();  // all have read u
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          // Eight steps, number 4 row + 2 h + half.
+          *reinterpret_cast<uint32_t*>(u_tile + (q_pair ^ (2 * h + half) * 16) +
+                                       k * kChannelBytes) =
+              pack_pair(q[half][2 * h], q[half][2 * h + 1]);
+        }
+      }
+    }
+  };
+
+  copies_wait<kSlots - 1>();
+  __syncthreads();
+  pre_gate(0, shared.u[0]);
+  copies_wait<kSlots - 2>();
+  __syncthreads();
+  constexpr int kLate = kLag<kRanked>;
+  int slot = 0;  // of the round's tile
+  for (int round = 0; round <= rounds + kLate; ++round) {
+    const int next_slot = slot == kSlots - 1 ? 0 : slot + 1;
+    const int last_slot = slot == 0 ? kSlots - 1 : slot - 1;
+    copy(round + kSlots, slot, kRanked ? slot : next_slot);
+    // With ranks there are as many tiles of u as slots.
+    unsigned char* const u_gates = shared.u[kRanked ? next_slot : (round + 1) % 2];
+    unsigned char* const u_convolved = shared.u[kRanked ? last_slot : round % 2];
+    if (kRanked && round < rounds) publish_ends(round, shared.u[kRanked ? slot : 0]);
+    const bool convolve_first = warp % 8 >= 4;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      if ((half == 0) == convolve_first) {
+        if (round >= kLate && round < rounds + kLate) convolve(round - kLate, u_convolved);
+      } else {
+        // The post-gate frees the u that the pre-gate writes.
+        if (round > kLate) post_gate(kRanked ? next_slot : last_slot, u_gates);
+        if (round + 1 < rounds) pre_gate(next_slot, u_gates);
+      }
+    }
+    slot = next_slot;
+    copies_wait<1>();
+    __syncthreads();
+  }
+
+  // The state after the last step, from the block that it lies in.
+  if (tile_of(rounds - 1) == tiles - 1 && mode.there) {
+    const FloatPair pole(lambda);
+    float s = shared.last_states[my_channel][my_mode];
+    const int steps = (cta.length - 1) % kBlock + 1;
+    for (int i = 0; i < steps; ++i) {
+      s = recur(pole.high, pole.low, s, load(shared.last_u[my_channel] + i));
+    }
+    static_cast<float*>(
+        p.state_out)[(cta.b * in.width + cta.channel + my_channel) * in.modes + my_mode] = s;
+  }
+  if (rank == 0 && thread < 3 * kHalo * kChunks) {
+    const int third = thread / (kHalo * kChunks), i = thread / kChunks % kHalo;
+    const bf16* from = cta.row(in, third, cta.length - kHalo + i);
+    const int chunk = thread % kChunks;
+    const uint4 none = {};
+    const uint4 z = from != nullptr ? reinterpret_cast<const uint4*>(from)[chunk] : none;
+    bf16* const to = static_cast<bf16*>(p.featurizer_state_out) +
+                     ((int64_t{cta.b} * kHalo + i) * 3 + third) * in.width + cta.channel;
+    reinterpret_cast<uint4*>(to)[chunk] = z;
+  }
+}
+
+template <bool kRanked>
+Status run(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t stream) {
+  constexpr size_t kBytes = sizeof(Shared<kRanked>);
+  const auto kernel = modal_tensor_fwd_kernel<kRanked>;
+  const Status allowed = allow_shared_memory(kernel, kBytes);
+  if (!allowed.ok()) return allowed;
+  if (kRanked) {  // no message yet
+    const int64_t bytes = mail_bytes(plan, p.in.batch);
+    const cudaError_t e = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(bytes), stream);
+    if (e != cudaSuccess) return {cudaGetErrorString(e)};
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned>(plan.columns * plan.ranks), static_cast<unsigned>(p.in.batch));
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = kRanked ? 1 : 0;
+  const cudaError_t e = cudaLaunchKernelEx(&config, kernel, p, plan.ranks);
+  if (e != cudaSuccess) return {cudaGetErrorString(e)};
+  return launch_status(kRanked ? "tensor_ranks" : "tensor");
+}
+
+}  // namespace
+
+bool modal_tensor_fwd_runs(const ModalTensorFwd& plan) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const size_t bytes = plan.ranks > 1 ? sizeof(Shared<true>) : sizeof(Shared<false>);
+  return bytes <= static_cast<size_t>(most);
+}
+
+int64_t modal_tensor_fwd_workspace(const ModalInputs& in, const ModalTensorFwd& plan) {
+  return mail_bytes(plan, in.batch);
+}
+
+Status modal_tensor_fwd(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t stream) {
+  return plan.ranks > 1 ? run<true>(p, plan, stream) : run<false>(p, plan, stream);
+}
+
+}  // namespace sarissa::kernels
