@@ -8,6 +8,7 @@
 
 #include "sarissa/kernels/fir/fir.h"
 #include "sarissa/kernels/fir/fir_plan.h"
+#include "sarissa/kernels/fir/fir_tensor_bwd_plan.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
 
@@ -129,8 +130,8 @@ struct Inputs {
   Tensor x, featurizer, featurizer_state, taps, skip, state;
   std::vector<Tensor> workspaces;
 
-  Inputs(const Arguments& a, DType dtype, kernels::FirParams& p,
-         bool (*takes_natively)(const kernels::FirParams&, DType))
+  template <class Params>
+  Inputs(const Arguments& a, DType dtype, Params& p, bool (*takes_natively)(const Params&, DType))
       : options(a.x.options().dtype(accumulation_type(a.x))), x(with_contiguous_channels(a.x)) {
     p.batch = a.batch();
     p.length = a.length();
@@ -259,11 +260,11 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     if (a.gated()) g.featurizer.zero_();
   } else if (!a.x.is_meta()) {
     kernels::FirBwdParams p{};
-    Inputs inputs(a, dtype, p, kernels::fir_bwd_is_native);
     const Tensor dy_rows = with_contiguous_channels(dy);
     p.dy = data(dy_rows);
     p.dy_stride_b = dy_rows.stride(0);
     p.dy_stride_l = dy_rows.stride(1);
+    Inputs inputs(a, dtype, p, kernels::fir_bwd_is_native);
     Tensor d_featurizer_state_out, d_state_out;
     if (given(d_featurizer_state)) d_featurizer_state_out = d_featurizer_state->contiguous();
     if (given(d_state)) d_state_out = contiguous_as(*d_state, accumulation_type(a.x));
@@ -288,9 +289,8 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.d_taps = mutable_data(g.taps);
     p.d_skip = given(a.skip) ? mutable_data(g.skip) : nullptr;
     const kernels::FirWorkspace sizes =
-        a.x.is_cpu()    ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
-        : inputs.native ? kernels::fir_march_workspace(p, kernels::fir_march_bwd_plan(p, dtype))
-                        : kernels::fir_workspace_cuda(p);
+        a.x.is_cpu() ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
+                     : kernels::fir_bwd_workspace_cuda(p, dtype);
     p.u = inputs.workspace(sizes.u);
     p.packed_taps = inputs.workspace(sizes.packed_taps);
     p.dq = inputs.workspace(sizes.dq);

@@ -14,7 +14,7 @@ namespace sarissa::kernels {
 /// value], N = 3D; else x is u [B, L, D], N = D. Strides count elements; channels are contiguous.
 /// Everything without strides is contiguous. B, D > 0; L >= 0; W > 0; G divides D.
 ///
-/// "Native" below: on a GPU, where fir_fwd_is_native or fir_bwd_is_native of fir_plan.h say so.
+/// "Native" below: on a GPU, where fir_fwd_is_native or fir_bwd_is_native say so.
 /// Such kernels take parameters, and give their gradients, as the operator has them.
 struct FirParams {
   int64_t batch, length, width, groups, num_taps;  // B, L, D, G, W

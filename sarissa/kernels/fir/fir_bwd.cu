@@ -1,7 +1,9 @@
 // Backward of the FIR family for any shape. Sums over time are partial per chunk and added up in
-// order: no atomics, the same bits every run. Few gated taps go to the march.
+// order: no atomics, the same bits every run. Few gated taps go to the march, up to 129 in bfloat16
+// to the tensor cores.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
+#include "sarissa/kernels/fir/fir_tensor_bwd.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -203,6 +205,9 @@ Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if (const FirMarch plan = fir_march_bwd_plan(params, dtype)) {
     return fir_march_bwd(params, plan, dtype, s);
+  }
+  if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype)) {
+    return fir_tensor_bwd(params, plan, s);
   }
   switch (dtype) {
     case DType::kFloat64:

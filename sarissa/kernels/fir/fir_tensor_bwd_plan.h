@@ -1,0 +1,96 @@
+// The plan of the backward of hyena_fir with many taps on tensor cores, and which GPU kernel takes
+// a backward. Pure functions of the problem.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "sarissa/kernels/fir/fir_tensor_plan.h"
+
+namespace sarissa::kernels {
+
+/// Warps of a block of threads, each with 16 channels, and steps of a tile.
+constexpr int kFirTensorBwdWarps = 4, kFirTensorBwdTile = 32;
+
+/// Blocks that share a multiprocessor.
+constexpr int kFirTensorBwdShare = 2;
+
+/// How the backward on tensor cores takes a problem: a block of threads owns 64 channels and a
+/// strip of `steps` steps.
+struct FirTensorBwd {
+  int lags = 0;     // blocks of 16 taps that the kernel knows; 0: it does not take the problem
+  int columns = 0;  // blocks of threads side by side that hold all channels
+  int steps = 0, strips = 0;
+  const char* name = nullptr;
+
+  explicit operator bool() const { return lags > 0; }
+};
+
+/// How many strips to cut `tiles` tiles of time into, `blocks` for each of them. The march lasts as
+/// long as the strips that follow each other in one place, each with some tiles of overhead.
+inline int64_t fir_tensor_bwd_strips(int64_t blocks, int64_t tiles) {
+  constexpr int64_t kPlaces = kFirTensorBwdShare * kFirMultiprocessors;
+  constexpr int64_t kMostTurns = 4, kOverhead = 6;
+  const int64_t most = std::clamp<int64_t>(kMostTurns * kPlaces / blocks, 1, tiles);
+  int64_t best = 1, best_tiles = std::numeric_limits<int64_t>::max();
+  for (int64_t strips = 1; strips <= most; ++strips) {
+    const int64_t turns = fir_ceil_div(blocks * strips, kPlaces);
+    const int64_t turn_tiles = turns * (fir_ceil_div(tiles, strips) + kOverhead);
+    if (turn_tiles < best_tiles) {
+      best = strips;
+      best_tiles = turn_tiles;
+    }
+  }
+  return best;
+}
+
+/// The plan; none for more than 129 taps, and where dy is not aligned as z must be.
+inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype) {
+  constexpr int kLags[] = {3, 5, 9};
+  constexpr const char* kNames[] = {"tensor_w33", "tensor_w65", "tensor_w129"};
+  FirTensorBwd plan;
+  if (!fir_tensor_takes(p, dtype) || !fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l)) {
+    return plan;
+  }
+  const int64_t lags = fir_tensor_lags(p.num_taps);
+  const int kernel = lags <= kLags[0] ? 0 : lags <= kLags[1] ? 1 : 2;
+  if (lags > kLags[kernel]) return plan;
+  plan.lags = kLags[kernel];
+  plan.name = kNames[kernel];
+  plan.columns = static_cast<int>(fir_ceil_div(p.width, kFirBlockSide * kFirTensorBwdWarps));
+  const int64_t tiles = fir_ceil_div(p.length, kFirTensorBwdTile);
+  const int64_t strips = fir_tensor_bwd_strips(plan.columns * p.batch, tiles);
+  plan.steps = static_cast<int>(fir_ceil_div(tiles, strips)) * kFirTensorBwdTile;
+  plan.strips = static_cast<int>(fir_ceil_div(p.length, plan.steps));
+  return plan;
+}
+
+/// Its workspace, of each strip: featurizer_partial [B, strips, 3D, 3]; taps_partial [B, strips,
+/// D + (D / 16) W], the skip's gradient, then those of the taps for every 16 channels.
+inline FirWorkspace fir_tensor_bwd_workspace(const FirBwdParams& p, const FirTensorBwd& plan) {
+  const int64_t partials = p.batch * plan.strips;
+  return {
+      .u = 0,
+      .packed_taps = 0,
+      .dq = 0,
+      .dc = 0,
+      .taps_partial = partials * (p.width + p.width / kFirBlockSide * p.num_taps),
+      .featurizer_partial = partials * 9 * p.width,
+  };
+}
+
+/// Whether the kernel that takes the backward on a GPU has parameters and their gradients as the
+/// operator has them: see fir.h. Of the pointers only x and dy are looked at.
+inline bool fir_bwd_is_native(const FirBwdParams& p, DType dtype) {
+  return fir_march_takes(p, dtype) || fir_tensor_bwd_plan(p, dtype);
+}
+
+/// The workspace of the kernel that takes the backward on a GPU.
+inline FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& p, DType dtype) {
+  if (const auto plan = fir_march_bwd_plan(p, dtype)) return fir_march_workspace(p, plan);
+  if (const auto plan = fir_tensor_bwd_plan(p, dtype)) return fir_tensor_bwd_workspace(p, plan);
+  return fir_workspace_cuda(p);
+}
+
+}  // namespace sarissa::kernels
