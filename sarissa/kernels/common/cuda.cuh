@@ -77,4 +77,12 @@ inline int multiprocessors() {
   return count;
 }
 
+/// `bytes` of dynamic shared memory, or so much more that a block has its multiprocessor to itself.
+inline size_t alone_on_multiprocessor(size_t bytes) {
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes > static_cast<size_t>(most) / 2 ? bytes : static_cast<size_t>(most) / 2 + 1024;
+}
+
 }  // namespace sarissa::kernels

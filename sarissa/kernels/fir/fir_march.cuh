@@ -238,10 +238,7 @@ inline int fir_march_shared(const FirParams& p, const FirMarch& plan, int bytes)
   constexpr int kFar = 128;
   const int64_t blocks = plan.columns * p.batch * plan.strips;
   if (blocks <= kFirMultiprocessors || plan.steps < kFar) return bytes;
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return max(bytes, most / 2 + 1024);
+  return static_cast<int>(alone_on_multiprocessor(bytes));
 }
 
 /// Launches blocks of kFirMarchThreads threads with `shared` bytes.

@@ -1,7 +1,6 @@
 // Backward of phalanx on CUDA at the speed of memory. A thread owns 4 bytes of neighbouring
 // channels and a strip of blocks, and marches from right to left in chunks of at most 16 steps. b
-// and v come through a ring of shared memory that only this thread uses, c and dy through
-// registers.
+// and v come through a ring of shared memory that only its warp uses, c and dy through registers.
 //
 // With x the whole state w + r v, `arriving` the adjoint that comes from the right (q, the carry's
 // adjoint, at the block's end) and T the product of all coefficients since r was 1:
@@ -31,8 +30,8 @@ struct March {
   static constexpr int V = kSwrMarchBytes / sizeof(T);  // channels of a thread
   static constexpr int kHeads = 32 / kLanes;            // heads of a warp
 
-  /// A chunk of the ring; thread i touches only column i.
-  struct Rows {
+  /// A chunk of the ring; thread i reads only column i.
+  struct alignas(16) Rows {
     Vector<T, V> b[kChunk][kSwrThreads], v[kChunk][kSwrThreads];
   };
   struct FoldedRows : Rows {
@@ -125,13 +124,29 @@ __global__ void __launch_bounds__(kSwrThreads)
     const Rows rows(grid, chunk);
     auto& slot = shared.slots[chunk.slot];
     const bool wanted = chunk.n < end && chunk.n >= warm;
-    const T* b = b_in + int64_t{rows.t0} * gate_step;
-    const T* v = v_in + int64_t{rows.t0} * v_step;
+    if constexpr (kWidth > 0) {
+      // The lanes copy for each other, 16 bytes at a time.
+      constexpr int kUnits = 32 * kSwrMarchBytes / 16, kTogether = 32 / kUnits;
+      const int unit = lane % kUnits, to = tid - lane + unit * (32 / kUnits);
+      const int64_t offset = int64_t{rows.t0 + lane / kUnits} * kRow + (to - tid) * V;
+      const T *b = b_in + offset, *v = v_in + offset;
+      __syncwarp();  // all lanes have read what the slot held
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i, b += gate_step, v += v_step) {
-      const bool good = kInside || (wanted && rows.has(i));
-      copy_async<4>(&slot.b[i][tid], b, good);
-      copy_async<4>(&slot.v[i][tid], v, good);
+      for (int k = 0; k < kChunk; k += kTogether, b += kTogether * kRow, v += kTogether * kRow) {
+        const int i = k + lane / kUnits;
+        const bool good = kInside || (wanted && rows.has(i));
+        copy_async<16>(&slot.b[i][to], b, good);
+        copy_async<16>(&slot.v[i][to], v, good);
+      }
+    } else {
+      const T* b = b_in + int64_t{rows.t0} * gate_step;
+      const T* v = v_in + int64_t{rows.t0} * v_step;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i, b += gate_step, v += v_step) {
+        const bool good = kInside || (wanted && rows.has(i));
+        copy_async<kSwrMarchBytes>(&slot.b[i][tid], b, good);
+        copy_async<kSwrMarchBytes>(&slot.v[i][tid], v, good);
+      }
     }
     copies_commit();
   };
@@ -210,6 +225,7 @@ __global__ void __launch_bounds__(kSwrThreads)
     copy_chunk.template operator()<kInside>(copied);
     copied.retreat(plan);
     copies_wait<kAhead>();
+    if constexpr (kWidth > 0) __syncwarp();  // other lanes' copies are there too
     if constexpr (!kSaved) {
       if (front.n >= warm) {
         auto& coefficients = shared.front[warp];
@@ -481,7 +497,7 @@ Status launch(const SwrBwdParams& params, cudaStream_t stream) {
 }
 
 // Whether inputs and gradients are packed rows [a: H | b: H P | c: H P | v: H P] with nothing
-// between, as phalanx's projection writes them.
+// between, as phalanx's projection writes them, and b and v aligned for copies of 16 bytes.
 template <class T>
 bool packed(const SwrBwdParams& params) {
   const SwrInputs& in = params.in;
@@ -493,6 +509,7 @@ bool packed(const SwrBwdParams& params) {
   return in.kv_heads == in.heads && in.gate_step == row && in.u_step == row &&
          params.dgate_step == row && params.du_step == row && params.dx_step == channels &&
          in.u_head == in.width && params.dx_head == in.width && follow(in.b, in.c, in.u) &&
+         vector_aligned<T, 16 / sizeof(T)>(in.b, {in.gate_batch}) &&
          follow(params.db, params.dc, params.du);
 }
 

@@ -114,6 +114,21 @@ bool swr_vectors_fit(const SwrFwdParams& params) {
          gates && vector_aligned<T, V>(params.x, {});
 }
 
+/// Whether the ring of the marching forward takes a problem in vectors of V: full warps of whole
+/// heads of at least 8 channels, and rows that can be copied in units of 16 bytes (a: 4).
+template <class T, int V>
+bool swr_ring_fits(const SwrFwdParams& params) {
+  const SwrInputs& in = params.in;
+  constexpr int kUnit = 16 / sizeof(T), kWord = 4 / sizeof(T);
+  const int64_t channels = 32 * V;  // of a warp
+  return swr_vectors_fit<T, V>(params) && in.width >= 8 && channels % in.width == 0 &&
+         channels / in.width % kWord == 0 && in.heads * in.width % channels == 0 &&
+         vector_aligned<T, kWord>(in.a, {in.a_batch, in.a_step}) &&
+         vector_aligned<T, kUnit>(in.b, {in.gate_batch, in.gate_step}) &&
+         vector_aligned<T, kUnit>(in.c, {}) &&
+         vector_aligned<T, kUnit>(in.u, {in.u_batch, in.u_step, in.u_head});
+}
+
 /// A forward of one step.
 Status swr_step_cuda(const SwrFwdParams& params, DType dtype, void* stream);
 

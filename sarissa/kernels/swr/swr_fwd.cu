@@ -1,15 +1,13 @@
 // Forward on CUDA by marching: a thread owns V neighbouring channels of a head and a strip of
 // blocks. It starts one block to the left of the strip, whose local end state is the strip's first
-// carry, and holds the next kRing rows in registers, so that memory is never waited for. A full
-// recurrence is one strip.
+// carry. Rows are fetched ahead, so that memory is never waited for: through a ring in shared
+// memory (SharedRows) or, for any shape, into registers (RegisterRows). A full recurrence is one
+// strip.
 #include "sarissa/kernels/common/vector.cuh"
 #include "sarissa/kernels/swr/swr_cuda.cuh"
 
 namespace sarissa::kernels {
 namespace {
-
-/// Rows that a thread holds in registers ahead of its arithmetic.
-constexpr int kRing = 8;
 
 /// One row of a thread's channels, as stored.
 template <class T, int V, bool kGated>
@@ -23,7 +21,148 @@ struct Row<T, V, true> {
   Vector<T, V> u, b, c;
 };
 
-template <class T, int V, bool kGated, bool kFull, bool kSaves>
+/// The steps of a strip that are fetched: [warm, stop), c only from `begin` on.
+struct Steps {
+  int64_t warm, begin, stop;
+};
+
+/// Rows that a thread fetches into registers, kGroup steps ahead.
+template <class T, int V, bool kGated>
+class RegisterRows {
+ public:
+  static constexpr int kGroup = 8;
+  using Row = sarissa::kernels::Row<T, V, kGated>;
+
+  __device__ RegisterRows(const SwrInputs& in, int64_t row, int64_t channel, const Steps& steps)
+      : next_(in, row, channel / in.width, channel % in.width),
+        steps_(steps),
+        fetched_(steps.warm) {
+    next_.advance(fetched_);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) fetch(ring_[k]);
+  }
+  __device__ void begin_group() {}
+  /// Row k of the group.
+  __device__ Row take(int k) {
+    const Row now = ring_[k];
+    fetch(ring_[k]);
+    return now;
+  }
+
+ private:
+  // No branches here: a branch would end the compiler's view of what is in flight, and each row
+  // would wait for its own loads.
+  __device__ void fetch(Row& to) {
+    const bool good = fetched_ < steps_.stop;
+    to.a = load_vector<T, 1>(next_.a, good);
+    to.u = load_vector<T, V>(next_.u, good);
+    if constexpr (kGated) {
+      to.b = load_vector<T, V>(next_.b, good);
+      to.c = load_vector<T, V>(next_.c, good && fetched_ >= steps_.begin);
+    }
+    next_.advance(1);
+    ++fetched_;
+  }
+
+  SwrChannel<T, kGated> next_;  // of row fetched_
+  Steps steps_;
+  int64_t fetched_;
+  Row ring_[kGroup];
+};
+
+/// Rows that come through a ring in shared memory. The lanes of a warp copy for each other, in
+/// units of 16 bytes (a: 4); each warp has its part of the ring to itself, so there is no barrier.
+/// See swr_ring_fits for what it takes.
+template <class T, int V>
+class SharedRows {
+ public:
+  static constexpr int kGroup = 4;
+  using Row = sarissa::kernels::Row<T, V, true>;
+  static constexpr int kSlots = kSwrRingAhead + 1;
+  struct Slot {
+    Vector<T, V> u[kGroup][kSwrThreads], b[kGroup][kSwrThreads], c[kGroup][kSwrThreads];
+    uint32_t a[kSwrThreads / 32][32];  // of a warp: kGroup rows of its heads
+  };
+  static constexpr int kSharedBytes = kSlots * sizeof(Slot);
+
+  __device__ SharedRows(const SwrInputs& in, int64_t row, int64_t channel, const Steps& steps)
+      : units_(in, row, unit_channel(channel) / in.width, unit_channel(channel) % in.width),
+        a_row_words_(static_cast<int>(32 * V / in.width * sizeof(T) / 4)),
+        a_at_(lane() * V / static_cast<int>(in.width)),
+        steps_(steps),
+        fetched_(steps.warm) {
+    units_.advance(fetched_ + lane() / kUnits);
+    const int64_t head = (channel - lane() * V) / in.width;  // the warp's first
+    a_ = static_cast<const T*>(in.a) + row * in.a_batch + head +
+         (fetched_ + lane() / a_row_words_) * in.a_step +
+         lane() % a_row_words_ * (4 / static_cast<int>(sizeof(T)));
+#pragma unroll
+    for (int i = 0; i < kSwrRingAhead; ++i) copy_group();
+  }
+  /// Waits for the next kGroup rows and starts copies of later ones.
+  __device__ void begin_group() {
+    copies_wait<kSwrRingAhead - 1>();
+    __syncwarp();  // the group is there, and the one before has been read
+    copy_group();
+    read_ = read_ + 1 == kSlots ? 0 : read_ + 1;
+  }
+  /// Row k of the group.
+  __device__ Row take(int k) const {
+    const Slot& slot = slots()[read_];
+    const int tid = threadIdx.x;
+    Row now;
+    now.u = slot.u[k][tid];
+    now.b = slot.b[k][tid];
+    now.c = slot.c[k][tid];
+    const auto* a = reinterpret_cast<const T*>(slot.a[tid / 32] + k * a_row_words_);
+    now.a = load_vector<T, 1>(a + a_at_);
+    return now;
+  }
+
+ private:
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));  // of a unit
+  static constexpr int kUnits = 32 * V / kElements;                   // of a row and stream
+  static constexpr int kTogether = 32 / kUnits;  // rows copied by a warp at once
+
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ static int64_t unit_channel(int64_t channel) {
+    return channel - lane() * V + lane() % kUnits * kElements;
+  }
+  __device__ static Slot* slots() {
+    extern __shared__ __align__(16) unsigned char shared[];
+    return reinterpret_cast<Slot*>(shared);
+  }
+  __device__ void copy_group() {
+    Slot& slot = slots()[write_];
+    write_ = write_ + 1 == kSlots ? 0 : write_ + 1;
+    const int to = static_cast<int>(threadIdx.x) - lane() + lane() % kUnits * kElements / V;
+#pragma unroll
+    for (int i = 0; i < kGroup; i += kTogether) {
+      const int k = i + lane() / kUnits;
+      const bool good = fetched_ + k < steps_.stop;
+      copy_async<16>(&slot.u[k][to], units_.u, good);
+      copy_async<16>(&slot.b[k][to], units_.b, good);
+      copy_async<16>(&slot.c[k][to], units_.c, good && fetched_ + k >= steps_.begin);
+      units_.advance(kTogether);
+    }
+    const int a_row = lane() / a_row_words_;
+    if (a_row < kGroup) {
+      copy_async<4>(&slot.a[threadIdx.x / 32][lane()], a_, fetched_ + a_row < steps_.stop);
+    }
+    a_ += kGroup * units_.a_step;
+    copies_commit();
+    fetched_ += kGroup;
+  }
+
+  SwrChannel<T, true> units_;  // what this lane copies next
+  const T* a_;                 // likewise
+  int a_row_words_, a_at_;     // words of a row of the warp's a; this lane's head in it
+  Steps steps_;
+  int64_t fetched_;
+  int write_ = 0, read_ = kSlots - 1;
+};
+
+template <class T, int V, bool kGated, bool kFull, bool kSaves, class Rows>
 __global__ void __launch_bounds__(kSwrThreads)
     swr_fwd_kernel(SwrFwdParams params, int64_t strips, int64_t strip_blocks) {
   using C = compute_t<T>;
@@ -48,7 +187,7 @@ __global__ void __launch_bounds__(kSwrThreads)
   // Where the current block is complete; beyond `stop` for an incomplete last block.
   int64_t boundary = (warm + 1) * grid.window - grid.index;
 
-  const SwrChannel<T, kGated> at(in, row, h, p);
+  const C decay_max = static_cast<C>(in.decay_max);
   C w[V], v[V], r = C(1);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
@@ -84,28 +223,12 @@ __global__ void __launch_bounds__(kSwrThreads)
       chunk_begin = min((skipped + 1) * kSwrChunk - grid.index, boundary);
     }
   }
-  SwrChannel<T, kGated> next = at;  // what is fetched next: row `fetched`
-  int64_t fetched = t;
-  next.advance(t);
-  Row<T, V, kGated> ring[kRing];
-  // No branches here nor in march_row: a branch would end the compiler's view of what is in flight,
-  // and each row would wait for its own loads.
-  const auto fetch = [&](Row<T, V, kGated>& to) {
-    const bool good = fetched < stop;
-    to.a = load_vector<T, 1>(next.a, good);
-    to.u = load_vector<T, V>(next.u, good);
-    if constexpr (kGated) {
-      to.b = load_vector<T, V>(next.b, good);
-      to.c = load_vector<T, V>(next.c, good && fetched >= begin);
-    }
-    next.advance(1);
-    ++fetched;
-  };
-  const auto march_row = [&](Row<T, V, kGated>& ring_row) {
-    const Row<T, V, kGated> now = ring_row;
-    fetch(ring_row);
+  Rows rows(in, row, channel, {t, begin, stop});
+  // No branches, see RegisterRows.
+  const auto march_row = [&](int k) {
+    const Row<T, V, kGated> now = rows.take(k);
     C a = now.a[0], out[V];
-    if constexpr (kGated) a = at.decay_max * sigmoid<T>(a);
+    if constexpr (kGated) a = decay_max * sigmoid<T>(a);
     if constexpr (!kFull) r *= a;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -141,15 +264,16 @@ __global__ void __launch_bounds__(kSwrThreads)
       }
     }
   };
+  constexpr int kGroup = Rows::kGroup;
+  while (t + kGroup <= stop) {
+    rows.begin_group();
 #pragma unroll
-  for (int k = 0; k < kRing; ++k) fetch(ring[k]);
-  while (t + kRing <= stop) {
-#pragma unroll
-    for (int k = 0; k < kRing; ++k) march_row(ring[k]);
+    for (int k = 0; k < kGroup; ++k) march_row(k);
   }
+  rows.begin_group();
 #pragma unroll
-  for (int k = 0; k < kRing; ++k) {
-    if (t < stop) march_row(ring[k]);
+  for (int k = 0; k < kGroup; ++k) {
+    if (t < stop) march_row(k);
   }
   if (end < blocks) return;
   if (kSaves && p == 0 && !grid.last_block_complete()) *saved_product = r;
@@ -169,11 +293,27 @@ template <class T, int V, bool kGated, bool kFull, bool kSaves>
 Status launch(const SwrFwdParams& params, cudaStream_t stream) {
   const SwrInputs& in = params.in;
   const int64_t lanes = in.heads * in.width / V;
+  const auto go = [&]<class Rows>(const SwrStrips& plan, size_t shared, const char* name) {
+    const auto kernel = swr_fwd_kernel<T, V, kGated, kFull, kSaves, Rows>;
+    const Status allowed = allow_shared_memory(kernel, shared);
+    if (!allowed.ok()) return allowed;
+    const int64_t ctas = ceil_div<int64_t>(in.batch * lanes * plan.strips, kSwrThreads);
+    kernel<<<static_cast<unsigned>(ctas), kSwrThreads, shared, stream>>>(params, plan.strips,
+                                                                         plan.blocks);
+    return launch_status(name);
+  };
+  if constexpr (kGated && !kFull && V > 1) {
+    if (swr_ring_fits<T, V>(params)) {
+      const SwrStrips plan =
+          swr_ring_strips(in.batch, in.length, in.window, lanes, multiprocessors());
+      using Rows = SharedRows<T, V>;
+      return go.template operator()<Rows>(plan, alone_on_multiprocessor(Rows::kSharedBytes),
+                                          "march_ring");
+    }
+  }
   const SwrStrips plan = swr_fwd_strips(in.batch, in.length, in.window, lanes, multiprocessors());
-  const int64_t ctas = ceil_div<int64_t>(in.batch * lanes * plan.strips, kSwrThreads);
-  swr_fwd_kernel<T, V, kGated, kFull, kSaves>
-      <<<static_cast<unsigned>(ctas), kSwrThreads, 0, stream>>>(params, plan.strips, plan.blocks);
-  return launch_status(V > 1 ? "march_vector" : "march");
+  return go.template operator()<RegisterRows<T, V, kGated>>(plan, 0,
+                                                            V > 1 ? "march_vector" : "march");
 }
 
 template <class T, int V, bool kGated>

@@ -188,13 +188,40 @@ inline SwrStrips swr_fwd_strips(int64_t batch, int64_t length, int64_t window, i
   return swr_strips(swr_max_blocks(window, length), threads / std::max<int64_t>(1, batch * lanes));
 }
 
+/// Groups of 4 rows that the ring of the marching forward has on their way.
+constexpr int kSwrRingAhead = 3;
+
+/// Strips of the forward with a ring. A multiprocessor takes one CTA of 128 threads at a time: more
+/// rows on their way than those of one are slower. So the march lasts as long as the strips that a
+/// multiprocessor takes in turn, each with a block beside it and some steps to get going.
+inline SwrStrips swr_ring_strips(int64_t batch, int64_t length, int64_t window, int64_t lanes,
+                                 int multiprocessors) {
+  constexpr int64_t kMostTurns = 4, kStart = 16;
+  const int64_t max_blocks = swr_max_blocks(window, length);
+  const int64_t ctas = batch * lanes / 128 + 1;  // of a strip
+  const int64_t most = std::clamp<int64_t>(kMostTurns * multiprocessors / ctas, 1, max_blocks);
+  SwrStrips best{};
+  int64_t best_steps = std::numeric_limits<int64_t>::max();
+  for (int64_t wanted = 1; wanted <= most; ++wanted) {
+    const SwrStrips strips = swr_strips(max_blocks, wanted);
+    const int64_t turns =
+        (batch * lanes * strips.strips + 128 * multiprocessors - 1) / (128 * multiprocessors);
+    const int64_t steps = turns * ((strips.blocks + 1) * window + kStart);
+    if (steps < best_steps) {
+      best = strips;
+      best_steps = steps;
+    }
+  }
+  return best;
+}
+
 /// Whether a forward with a window is better chained than marched: its strips would be shorter than
 /// 8 windows, so that reading the block beside each costs more than the chain's messages (measured
 /// at 4096 channels on an H100).
 inline bool swr_chains_window(int64_t batch, int64_t length, int64_t channels, int64_t window,
                               int64_t bytes_per_element, int multiprocessors) {
   return window > 0 && swr_chainable(window) &&
-         swr_fwd_strips(batch, length, window, channels * bytes_per_element / 8, multiprocessors)
+         swr_ring_strips(batch, length, window, channels * bytes_per_element / 8, multiprocessors)
                  .blocks < 8;
 }
 
