@@ -228,9 +228,9 @@ const std::vector<Shape> kShapes = {
     {1, 9, 40, 10, 14},
     {1, 130, 130, 1, 10},
     // Of the step kernel: one run of taps and many, groups that share taps and not, ragged widths.
-    {3, 1, 64, 4, 16},
+    {3, 1, 64, 8, 16},
     {3, 1, 264, 33, 17},
-    {2, 1, 64, 4, 128},
+    {2, 1, 64, 8, 128},
     {2, 1, 36, 18, 128},
     {1, 1, 30, 5, 40},
     {2, 1, 12, 3, 1030},
