@@ -7,7 +7,9 @@
 #include <functional>
 #include <set>
 
+#include "sarissa/kernels/modal/modal_plan.h"
 #include "sarissa/ops/device.h"
+#include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
 #include "tests/support/compare.h"
 #include "tests/support/fft.h"
@@ -210,6 +212,17 @@ void check_golden_long(at::Device device) {
 }
 
 TEST(HyenaModal, GoldenLongSequence) { check_golden_long(at::kCPU); }
+
+/// hyena_modal with all that it returns: y, both states and what it saves.
+const auto& hyena_modal_operator() {
+  using Optional = std::optional<Tensor>;
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
+      const Optional& skip, const Optional& featurizer_state, const Optional& inner_state,
+      bool save);
+  static const auto op = ops::find_operator<Signature>("sarissa::hyena_modal");
+  return op;
+}
 
 struct Shape {
   int64_t batch, length, width, groups, modes;
@@ -582,6 +595,65 @@ TEST(HyenaModal, MetaTensorsGetShapes) {
   EXPECT_EQ(state.inner.scalar_type(), at::kFloat);
 }
 
+TEST(HyenaModalPlan, TensorCoresTakeAlignedColumnsOfBfloat16) {
+  kernels::ModalInputs in;
+  in.batch = 2, in.length = 5000, in.width = 4096, in.groups = 4096, in.modes = 16;
+  in.featurizer = in.u = reinterpret_cast<const void*>(uintptr_t{1} << 20);
+  in.u_batch_stride = 3 * 4096 * 5000, in.u_time_stride = 3 * 4096;
+  const auto plan = [&](int multiprocessors = 132) {
+    return kernels::modal_tensor_fwd_plan(in, kernels::DType::kBFloat16, multiprocessors);
+  };
+  EXPECT_EQ(plan().columns, 128);
+  EXPECT_EQ(plan().ranks, 1);
+  EXPECT_FALSE(kernels::modal_tensor_fwd_plan(in, kernels::DType::kFloat32, 132));
+  const auto refused = [&](auto&& change) {
+    const kernels::ModalInputs before = in;
+    change();
+    const bool result = !plan();
+    in = before;
+    return result;
+  };
+  EXPECT_TRUE(refused([&] { in.modes = 17; }));
+  EXPECT_TRUE(refused([&] { in.width = 4096 + 16; }));
+  EXPECT_TRUE(refused([&] { in.length = 1; }));
+  EXPECT_TRUE(refused([&] { in.u_time_stride += 4; }));
+  EXPECT_TRUE(refused([&] { in.featurizer = nullptr; }));
+  // Few channels: as many CTAs for a column as there is room and there are tiles.
+  in.batch = 1, in.width = 1024;
+  EXPECT_EQ(plan().ranks, 4);
+  EXPECT_EQ(plan(108).ranks, 3);
+  EXPECT_EQ(plan(20).ranks, 1);
+  in.length = 700;
+  EXPECT_EQ(plan().ranks, 3);
+  in.length = 256;
+  EXPECT_EQ(plan().ranks, 1);
+  in.length = 1 << 20, in.width = 32;
+  EXPECT_EQ(plan().ranks, kernels::kModalTensorMostRanks);
+}
+
+TEST(HyenaModal, SavesOnlyWhereAskedAndTheSameShapeEverywhere) {
+  for (const auto device : {at::kCPU, at::kMeta}) {
+    const auto saved = [&](int64_t length, int64_t width, at::ScalarType dtype, bool save) {
+      const auto of = [&](at::IntArrayRef shape, at::ScalarType type) {
+        return at::zeros(shape, at::TensorOptions().device(device).dtype(type));
+      };
+      const auto compute = compute_type(dtype);
+      const Tensor poles = of({width, 3}, compute);
+      return std::get<3>(hyena_modal_operator().call(of({2, length, 3 * width}, dtype),
+                                                     of({3 * width, 3}, compute), poles, poles, {},
+                                                     {}, {}, save))
+          .sizes()
+          .vec();
+    };
+    using Sizes = std::vector<int64_t>;
+    EXPECT_EQ(saved(129, 32, at::kBFloat16, true), (Sizes{2, 2, 32, 16}));
+    EXPECT_EQ(saved(129, 32, at::kBFloat16, false), (Sizes{2, 0, 32, 16}));
+    EXPECT_EQ(saved(129, 32, at::kFloat, true), (Sizes{2, 0, 32, 16}));
+    EXPECT_EQ(saved(129, 20, at::kBFloat16, true), (Sizes{2, 0, 20, 16}));
+    EXPECT_EQ(saved(1, 32, at::kBFloat16, true), (Sizes{2, 0, 32, 16}));
+  }
+}
+
 TEST(HyenaModal, RefusesBadInputsByName) {
   const Problem p({2, 5, 6, 3, 4});
   const HyenaState good{p.featurizer_state, p.inner_state};
@@ -620,6 +692,16 @@ TEST(HyenaModal, CudaGoldenLongSequence) {
   check_golden_long(at::kCUDA);
 }
 
+/// The backward on tensor cores rounds u, dq, q, du and parts of the filter to bfloat16, 2^-9 each;
+/// a gradient that is a sum of few terms can have several of these errors.
+constexpr double kTensorTolerance = 8e-3;
+
+/// Whether the tensor core kernels take a sequence in bfloat16.
+bool on_tensor_cores(const Shape& s) {
+  return s.length > 1 && s.width % kernels::kModalTensorChannels == 0 &&
+         s.modes <= kernels::kModalTensorModes;
+}
+
 TEST(HyenaModal, CudaMatchesTheCpuInDouble) {
   SKIP_WITHOUT_CUDA();
   const test::PoisonMemory poison;
@@ -632,11 +714,69 @@ TEST(HyenaModal, CudaMatchesTheCpuInDouble) {
     expect_close(run(fused, p, at::kDouble, at::kCUDA), want, 1e-12, shape);
     expect_close(run(fused, p, at::kFloat, at::kCUDA), want, 3e-6, shape);
     const auto got = run(fused, p, at::kBFloat16, at::kCUDA);
+    if (ops::last_kernel().starts_with("tensor")) {
+      expect_close(got, want, kTensorTolerance, shape);
+      continue;
+    }
     // The only roundings to bfloat16 are those of the results y, dz and dfeaturizer_state.
     expect_close(got, want, 2.5e-3, shape);
     for (const int i : {2, 4, 5, 6, 7, 9}) {
       if (!want[i].defined()) continue;
       EXPECT_LE(relative_rms(got[i], want[i]), 3e-6) << kNames[i] << " of " << shape;
+    }
+  }
+}
+
+TEST(HyenaModal, CudaTensorBackwardMatchesTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  struct Case {
+    Shape shape;
+    const char* kernel;
+  };
+  const Case cases[] = {
+      {{2, 37, 32, 32, 16}, "tensor"},     // less than a tile
+      {{1, 2, 64, 2, 3}, "tensor"},        // fewer steps than the featurizer, modes
+      {{1, 256, 32, 32, 16}, "tensor"},    // one tile
+      {{2, 300, 4096, 64, 16}, "tensor"},  //
+      {{3, 2031, 96, 6, 12, false, false}, "tensor_chunks"},  //
+      {{2, 2048, 32, 32, 16}, "tensor_chunks"},               //
+      {{1, 4999, 64, 1, 16}, "tensor_chunks"},                // one group
+      {{1, 300, 48, 48, 16}, "stages"},                       // channels that fill no column
+      {{1, 300, 32, 32, 17}, "stages"},                       // too many modes
+  };
+  for (const auto& [shape, kernel] : cases) {
+    const Problem p(shape);
+    const auto want = run(fused, p, at::kDouble), got = run(fused, p, at::kBFloat16, at::kCUDA);
+    EXPECT_EQ(ops::last_kernel(), kernel) << shape;
+    expect_close(got, want, kTensorTolerance, shape);
+    EXPECT_LE(relative_rms(got[3], want[3]), 5e-3) << "dz of " << shape;
+    expect_bit_equal(run(fused, p, at::kBFloat16, at::kCUDA), got, shape);
+  }
+}
+
+TEST(HyenaModal, CudaTensorBackwardKeepsPolesCloseToOne) {
+  SKIP_WITHOUT_CUDA();
+  const double poles[] = {0.5, 0.9, 1 - 1e-3, 1 - 1e-5, 1 - 1e-7};
+  for (const int64_t width : {32, 4096}) {  // with chunks of time and without
+    const Shape shape{1, width == 32 ? 20000 : 2500, width, 32, 5};
+    Problem p(shape);
+    p.log_poles = at::tensor(at::ArrayRef<double>(poles), at::kDouble)
+                      .log()
+                      .to(at::kFloat)
+                      .to(at::kDouble)
+                      .expand({shape.groups, 5})
+                      .contiguous();
+    const auto want = run(fused, p, at::kDouble), got = run(fused, p, at::kBFloat16, at::kCUDA);
+    EXPECT_EQ(ops::last_kernel(), width == 32 ? "tensor_chunks" : "tensor");
+    expect_close(got, want, kTensorTolerance, shape);
+    for (int64_t n = 0; n < 5; ++n) {
+      for (const int i : {5, 6}) {
+        EXPECT_LE(relative_rms(got[i].select(1, n), want[i].select(1, n)), kTensorTolerance)
+            << kNames[i] << " of pole " << poles[n] << " of " << shape;
+      }
+      EXPECT_LE(relative_rms(got[9].select(2, n), want[9].select(2, n)), kTensorTolerance)
+          << kNames[9] << " of pole " << poles[n] << " of " << shape;
     }
   }
 }
@@ -701,10 +841,155 @@ TEST(HyenaModal, CudaStepsFollowTheSequence) {
         steps.push_back(step);
         state = next;
       }
-      EXPECT_LE(relative_rms(at::cat(steps, 1), y), dtype == at::kFloat ? 1e-6 : 3e-3) << dtype;
+      // The sequence in bfloat16 runs on tensor cores.
+      EXPECT_LE(relative_rms(at::cat(steps, 1), y), dtype == at::kFloat ? 1e-6 : 4e-3) << dtype;
       EXPECT_TRUE(bit_equal(state->featurizer, end.featurizer)) << dtype;
-      EXPECT_LE(relative_rms(state->inner, end.inner), 1e-6) << dtype;
+      EXPECT_LE(relative_rms(state->inner, end.inner), dtype == at::kFloat ? 1e-6 : 3e-3) << dtype;
     }
+  }
+}
+
+/// What the tensor core forward is to compute: u is rounded to bfloat16, as the product of two
+/// bfloat16 values is; everything else in `compute`. Only y is rounded at the end.
+std::tuple<Tensor, Tensor> with_rounded_u(const Problem& p, at::ScalarType compute) {
+  const auto of = [&](const Tensor& t) { return t.defined() ? t.to(compute) : t; };
+  const Tensor before = p.shape.state
+                            ? p.featurizer_state
+                            : at::zeros({p.shape.batch, 2, 3 * p.shape.width}, at::kDouble);
+  const Tensor rows = at::cat({before, p.z}, 1);
+  Tensor c = at::zeros({1}, at::kDouble);
+  for (int64_t k = 0; k < 3; ++k) {
+    c = c + p.featurizer.select(1, k) * rows.narrow(1, 2 - k, p.shape.length);
+  }
+  const auto part = c.to(at::kFloat).chunk(3, 2);
+  const Tensor u = (part[1] * part[2]).to(at::kBFloat16).to(compute);
+  const auto [q, inner] =
+      ops::modal(u, of(p.log_poles), of(p.residues),
+                 p.skip.defined() ? std::optional(of(p.skip)) : std::nullopt,
+                 p.shape.state ? std::optional(of(p.inner_state)) : std::nullopt);
+  return {part[0].to(compute) * q, inner};
+}
+
+struct TensorRun {
+  Tensor y, saved;
+  HyenaState state;
+};
+/// hyena_modal of steps [from, from + count) in bfloat16 on the GPU, on the tensor cores.
+TensorRun run_tensor(const Problem& p, int64_t from, int64_t count,
+                     const std::optional<HyenaState>& start, bool save = false) {
+  const auto on = [](const Tensor& t, at::ScalarType type) { return t.to(at::kCUDA, type); };
+  const auto [y, featurizer_state, inner, saved] = hyena_modal_operator().call(
+      on(p.z, at::kBFloat16).narrow(1, from, count), on(p.featurizer, at::kFloat),
+      on(p.log_poles, at::kFloat), on(p.residues, at::kFloat),
+      p.skip.defined() ? std::optional(on(p.skip, at::kFloat)) : std::nullopt,
+      start ? std::optional(start->featurizer) : std::nullopt,
+      start ? std::optional(start->inner) : std::nullopt, save);
+  if (count > 1) EXPECT_EQ(ops::last_kernel().substr(0, 6), "tensor");
+  return {y, saved, {featurizer_state, inner}};
+}
+std::optional<HyenaState> start_of(const Problem& p) {
+  if (!p.shape.state) return std::nullopt;
+  return HyenaState{p.featurizer_state.to(at::kCUDA, at::kBFloat16),
+                    p.inner_state.to(at::kCUDA, at::kFloat)};
+}
+
+// A column of 32 channels by one CTA for more than 66 of them, by several for fewer.
+const Shape kTensorShapes[] = {
+    {2, 700, 64, 8, 16},                //
+    {1, 1031, 96, 96, 5, false, true},  // fewer modes
+    {1, 255, 32, 1, 16, true, false},   // less than a tile
+    {3, 17, 64, 64, 1},                 // a step more than a block
+    {1, 2, 32, 32, 16},                 //
+    {2, 1025, 2176, 2176, 16},          // one CTA for a column
+    {1, 6000, 256, 16, 16},             //
+};
+
+TEST(HyenaModal, CudaTensorForwardMatchesDouble) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& shape : kTensorShapes) {
+    const Problem p(shape);
+    const auto got = run_tensor(p, 0, shape.length, start_of(p));
+    const auto [y, inner] = with_rounded_u(p, at::kDouble);
+    // Two roundings to bfloat16, of q and of y.
+    EXPECT_LE(relative_rms(got.y, y), 2.7e-3) << shape;
+    EXPECT_LE(relative_rms(got.state.inner, inner), 1e-5) << shape;
+    const Tensor rows = at::cat(
+        {p.shape.state ? p.featurizer_state : at::zeros({shape.batch, 2, 3 * shape.width}), p.z},
+        1);
+    EXPECT_TRUE(bit_equal(got.state.featurizer.to(at::kDouble),
+                          rows.narrow(1, shape.length, 2).to(at::kDouble)))
+        << shape;
+    const auto again = run_tensor(p, 0, shape.length, start_of(p));
+    EXPECT_TRUE(bit_equal(again.y, got.y) && bit_equal(again.state.inner, got.state.inner))
+        << shape;
+  }
+}
+
+TEST(HyenaModal, CudaTensorPolesNearOneAreAsGoodAsThePlainRecurrence) {
+  SKIP_WITHOUT_CUDA();
+  const std::vector<double> poles{1e-3, 0.5, 0.9, 1 - 1e-3, 1 - 1e-5, 1 - 1e-7};
+  const auto count = static_cast<int64_t>(poles.size());
+  Problem p({1, 300000, 32, 32, count, true, false});
+  p.log_poles =
+      at::tensor(poles, at::kDouble).log().to(at::kFloat).to(at::kDouble).expand({32, count});
+  for (int64_t channel = 0; channel < 24; ++channel) {  // one pole each, then mixtures
+    p.residues[channel].zero_();
+    p.residues[channel][channel % count] = 1;
+    p.skip[channel] = 0;
+  }
+  const auto got = run_tensor(p, 0, p.shape.length, std::nullopt);
+  const auto [want, inner] = with_rounded_u(p, at::kDouble);
+  const Tensor plain = std::get<0>(with_rounded_u(p, at::kFloat)).to(at::kBFloat16);
+  for (int64_t channel = 0; channel < 32; ++channel) {
+    const auto of = [&](const Tensor& y) { return y.select(2, channel); };
+    EXPECT_LE(relative_rms(of(got.y), of(want)), 2 * relative_rms(of(plain), of(want)))
+        << "channel " << channel;
+  }
+  EXPECT_LE(relative_rms(got.state.inner, inner), 2e-5);
+}
+
+TEST(HyenaModal, CudaTensorSplitsLeaveTheStateOfTheWhole) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& shape : {Shape{2, 1100, 64, 8, 16}, Shape{1, 530, 2176, 2176, 16}}) {
+    const Problem p(shape);
+    const auto whole = run_tensor(p, 0, shape.length, start_of(p));
+    for (const int64_t cut : {1L, 2L, 15L, 16L, 129L, 256L, 300L, shape.length - 1}) {
+      const auto first = run_tensor(p, 0, cut, start_of(p));
+      const auto second = run_tensor(p, cut, shape.length - cut, first.state);
+      // A cut of one step is not rounded as the others are.
+      EXPECT_LE(relative_rms(at::cat({first.y, second.y}, 1), whole.y), 2e-3) << cut;
+      EXPECT_LE(relative_rms(second.state.inner, whole.state.inner), 2e-3) << cut;
+      EXPECT_TRUE(bit_equal(second.state.featurizer, whole.state.featurizer)) << cut;
+      if (cut > 1) EXPECT_TRUE(bit_equal(first.y, whole.y.narrow(1, 0, cut))) << cut;
+    }
+  }
+}
+
+TEST(HyenaModal, CudaSavesTheStatesBeforeEveryFewSteps) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& shape : {Shape{2, 700, 64, 8, 12}, Shape{1, 385, 2176, 2176, 16}}) {
+    const Problem p(shape);
+    const auto got = run_tensor(p, 0, shape.length, start_of(p), true);
+    constexpr int64_t kSteps = kernels::kModalSavedSteps;
+    const int64_t entries = (shape.length + kSteps - 1) / kSteps;
+    ASSERT_EQ(got.saved.sizes(), (at::IntArrayRef{shape.batch, entries, shape.width, 16}));
+    EXPECT_TRUE(got.saved.narrow(3, shape.modes, 16 - shape.modes).eq(0).all().item<bool>());
+    for (int64_t k = 0; k < entries; ++k) {
+      const Tensor saved = got.saved.select(1, k).narrow(2, 0, shape.modes);
+      const Tensor want = k == 0 ? p.inner_state.to(at::kCUDA, at::kFloat)
+                                 : run_tensor(p, 0, k * kSteps, start_of(p)).state.inner;
+      EXPECT_LE(relative_rms(saved, want), 1e-5) << shape << ", entry " << k;
+    }
+    // Strides that the tensor cores do not take: the general kernel saves too.
+    const Tensor z =
+        at::constant_pad_nd(p.z.to(at::kCUDA, at::kBFloat16), {0, 1}).narrow(2, 0, 3 * shape.width);
+    const auto on = [](const Tensor& t) { return t.to(at::kCUDA, at::kFloat); };
+    const auto [y, a, b, saved] =
+        hyena_modal_operator().call(z, on(p.featurizer), on(p.log_poles), on(p.residues),
+                                    on(p.skip), start_of(p)->featurizer, start_of(p)->inner, true);
+    EXPECT_LE(relative_rms(saved, got.saved), 3e-3) << shape;
   }
 }
 
