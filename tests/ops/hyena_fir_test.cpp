@@ -25,14 +25,15 @@ at::ScalarType state_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-/// On a GPU many taps are summed in another order by a step than by a sequence: outputs then agree
-/// but for the rounding of the sum. States do bit for bit.
+/// On a GPU many taps are summed in another order by a step than by a sequence, and in bfloat16 the
+/// tensor cores round u and taps besides: outputs then agree but for that. States do bit for bit.
 void expect_same_outputs(const Tensor& got, const Tensor& want, int64_t num_taps,
                          const std::string& where) {
-  if (got.is_cpu() || num_taps <= 16) {
+  const bool rounds = got.scalar_type() == at::kBFloat16;
+  if (got.is_cpu() || num_taps <= (rounds ? 14 : 16)) {
     EXPECT_TRUE(bit_equal(got, want)) << where;
   } else {
-    EXPECT_LE(relative_rms(got, want), got.scalar_type() == at::kFloat ? 1e-6 : 3e-3) << where;
+    EXPECT_LE(relative_rms(got, want), rounds ? 5e-3 : 1e-6) << where;
   }
 }
 

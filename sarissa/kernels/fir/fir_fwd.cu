@@ -1,8 +1,9 @@
 // Forward of the FIR family for any shape: u is stored with its history, then each thread sums the
-// taps for a few steps of one channel. Few gated taps go to the march.
+// taps for a few steps of one channel. Few gated taps go to the march, many to the tensor cores.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
 #include "sarissa/kernels/fir/fir_step.cuh"
+#include "sarissa/kernels/fir/fir_tensor.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -47,6 +48,9 @@ Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream) {
   if (const FirStep plan = fir_step_plan(params, dtype)) return fir_step(params, plan, dtype, s);
   if (const FirMarch plan = fir_march_fwd_plan(params, dtype)) {
     return fir_march_fwd(params, plan, dtype, s);
+  }
+  if (fir_tensor_takes(params, dtype)) {
+    return fir_tensor_fwd(params, fir_tensor_fwd_plan(params, dtype, shared_memory()), s);
   }
   switch (dtype) {
     case DType::kFloat64:

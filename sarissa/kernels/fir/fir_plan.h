@@ -253,13 +253,6 @@ inline FirWorkspace fir_march_workspace(const FirParams& p, const FirMarch& plan
   };
 }
 
-/// Whether the kernel that takes the problem on a GPU reads parameters as the operator has them:
-/// see fir.h.
-inline bool fir_fwd_is_native(const FirParams& p, DType dtype) {
-  return fir_step_plan(p, dtype) || fir_march_takes(p, dtype);
-}
-inline bool fir_bwd_is_native(const FirParams& p, DType dtype) { return fir_march_takes(p, dtype); }
-
 /// CUDA layouts: u [B, W-1+L, D]; dq [B, L, D]; dc [B, L, 3D]; taps_partial [B * gradient chunks +
 /// 1, W, D], the last one their sum; featurizer_partial [B * gradient chunks, 3, 3D].
 inline FirWorkspace fir_workspace_cuda(const FirParams& p) {

@@ -8,6 +8,7 @@
 // load_matrices_transposed reads from rows [step, channel].
 #pragma once
 
+#include "sarissa/kernels/common/featurizer.cuh"
 #include "sarissa/kernels/common/tensor.cuh"
 #include "sarissa/kernels/common/vector.cuh"
 #include "sarissa/kernels/fir/fir.h"
@@ -61,8 +62,8 @@ struct BlockFeaturizer {
       const float f0 = at[0][i % 2], f1 = at[1][i % 2], f2 = at[2][i % 2];
       const float z0 = low_of(past[i]), z1 = high_of(past[i]);
       const float z2 = low_of(now[i]), z3 = high_of(now[i]);
-      c[2 * i] = fmaf(f0, z2, fmaf(f1, z1, f2 * z0));
-      c[2 * i + 1] = fmaf(f0, z3, fmaf(f1, z2, f2 * z1));
+      c[2 * i] = three_taps(f0, f1, f2, z2, z1, z0);
+      c[2 * i + 1] = three_taps(f0, f1, f2, z3, z2, z1);
     }
   }
 };
@@ -74,16 +75,18 @@ struct BlockFeaturizer {
 ///   first 8 steps   B = (fragment 2 lag,     fragment 2 lag - 1)
 ///   last 8 steps    B = (fragment 2 lag + 1, fragment 2 lag)
 struct TapPairs {
-  static constexpr int kOrigin = kFirBlockSide;
+  static constexpr int kOrigin = 2 * kFirBlockSide;
 
-  /// Fills `words` (fir_tensor_pairs of them) with the taps of `group`; the lanes share the work.
-  __device__ static void fill(uint32_t* words, int count, const FirParams& p, int64_t group) {
+  /// Words first, first + step, .. of the taps of `group`, of `count` (fir_tensor_pairs).
+  __device__ static void fill(uint32_t* words, int first, int step, int count, const FirParams& p,
+                              int64_t group) {
     const auto tap = [&](int k) {
       return k >= 0 && k < p.num_taps
                  ? load_parameter<__nv_bfloat16>(p.taps, p.taps_is_T, group * p.num_taps + k)
                  : 0.0f;
     };
-    for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
+#pragma unroll 5
+    for (int i = first; i < count; i += step) {
       words[i] = pack_pair(tap(i - kOrigin), tap(i - kOrigin - 1));
     }
   }
@@ -92,6 +95,14 @@ struct TapPairs {
     return kOrigin + 8 * i + lane.row - lane.column;
   }
 };
+
+/// Bytes of shared memory of a multiprocessor of the current device.
+inline int64_t shared_memory() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return bytes;
+}
 
 Status fir_tensor_fwd(const FirParams& p, const FirTensorFwd& plan, cudaStream_t stream);
 
