@@ -5,6 +5,8 @@ extern "C" const sarissa::kernels::CudaKernels* sarissa_cuda_kernels() {
       .cross_entropy_fwd = &sarissa::kernels::cross_entropy_fwd_cuda,
       .cross_entropy_bwd = &sarissa::kernels::cross_entropy_bwd_cuda,
       .fir_fwd = &sarissa::kernels::fir_fwd_cuda,
+      .fir_bwd_is_native = &sarissa::kernels::fir_bwd_is_native_cuda,
+      .fir_bwd_workspace = &sarissa::kernels::fir_bwd_workspace_cuda,
       .fir_bwd = &sarissa::kernels::fir_bwd_cuda,
       .glu_fwd = &sarissa::kernels::glu_fwd_cuda,
       .glu_bwd = &sarissa::kernels::glu_bwd_cuda,

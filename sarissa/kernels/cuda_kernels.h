@@ -19,6 +19,8 @@ struct CudaKernels {
   decltype(&cross_entropy_fwd_cuda) cross_entropy_fwd = nullptr;
   decltype(&cross_entropy_bwd_cuda) cross_entropy_bwd = nullptr;
   decltype(&fir_fwd_cuda) fir_fwd = nullptr;
+  decltype(&fir_bwd_is_native_cuda) fir_bwd_is_native = nullptr;
+  decltype(&fir_bwd_workspace_cuda) fir_bwd_workspace = nullptr;
   decltype(&fir_bwd_cuda) fir_bwd = nullptr;
   decltype(&glu_fwd_cuda) glu_fwd = nullptr;
   decltype(&glu_bwd_cuda) glu_bwd = nullptr;

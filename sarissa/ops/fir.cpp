@@ -8,7 +8,7 @@
 
 #include "sarissa/kernels/fir/fir.h"
 #include "sarissa/kernels/fir/fir_plan.h"
-#include "sarissa/kernels/fir/fir_tensor_bwd_plan.h"
+#include "sarissa/kernels/fir/fir_tensor_plan.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
 
@@ -130,8 +130,8 @@ struct Inputs {
   Tensor x, featurizer, featurizer_state, taps, skip, state;
   std::vector<Tensor> workspaces;
 
-  template <class Params>
-  Inputs(const Arguments& a, DType dtype, Params& p, bool (*takes_natively)(const Params&, DType))
+  template <class Params, class TakesNatively>
+  Inputs(const Arguments& a, DType dtype, Params& p, const TakesNatively& takes_natively)
       : options(a.x.options().dtype(accumulation_type(a.x))), x(with_contiguous_channels(a.x)) {
     p.batch = a.batch();
     p.length = a.length();
@@ -264,7 +264,10 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.dy = data(dy_rows);
     p.dy_stride_b = dy_rows.stride(0);
     p.dy_stride_l = dy_rows.stride(1);
-    Inputs inputs(a, dtype, p, kernels::fir_bwd_is_native);
+    const c10::DeviceGuard guard(a.x.device());
+    Inputs inputs(a, dtype, p, [](const kernels::FirBwdParams& params, DType dtype) {
+      return cuda_kernels().fir_bwd_is_native(params, dtype);
+    });
     Tensor d_featurizer_state_out, d_state_out;
     if (given(d_featurizer_state)) d_featurizer_state_out = d_featurizer_state->contiguous();
     if (given(d_state)) d_state_out = contiguous_as(*d_state, accumulation_type(a.x));
@@ -290,7 +293,7 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.d_skip = given(a.skip) ? mutable_data(g.skip) : nullptr;
     const kernels::FirWorkspace sizes =
         a.x.is_cpu() ? kernels::fir_workspace_cpu(p, options.dtype().itemsize())
-                     : kernels::fir_bwd_workspace_cuda(p, dtype);
+                     : cuda_kernels().fir_bwd_workspace(p, dtype);
     p.u = inputs.workspace(sizes.u);
     p.packed_taps = inputs.workspace(sizes.packed_taps);
     p.dq = inputs.workspace(sizes.dq);
@@ -312,7 +315,6 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
         run(kernels::fir_sum_featurizer_cpu, items.sum_featurizer, kItemElements);
       }
     } else {
-      const c10::DeviceGuard guard(a.x.device());
       check(cuda_kernels().fir_bwd(p, dtype, cuda_stream(a.x)), a.op);
     }
     if (a.gated() && !inputs.native) g.featurizer = g.featurizer.t().contiguous();

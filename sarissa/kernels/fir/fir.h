@@ -14,8 +14,8 @@ namespace sarissa::kernels {
 /// value], N = 3D; else x is u [B, L, D], N = D. Strides count elements; channels are contiguous.
 /// Everything without strides is contiguous. B, D > 0; L >= 0; W > 0; G divides D.
 ///
-/// "Native" below: on a GPU, where fir_fwd_is_native or fir_bwd_is_native say so.
-/// Such kernels take parameters, and give their gradients, as the operator has them.
+/// "Native" below: on a GPU, where fir_fwd_is_native or fir_bwd_is_native_cuda say so. Such kernels
+/// take parameters, and give their gradients, as the operator has them.
 struct FirParams {
   int64_t batch, length, width, groups, num_taps;  // B, L, D, G, W
   const void* x;                                   // T [B, L, N]
@@ -78,5 +78,11 @@ FirBwdStage fir_sum_featurizer_cpu;  // d_featurizer
 /// CUDA: all stages on `stream` (a cudaStream_t).
 Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream);
 Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream);
+
+/// Whether the kernel that takes a backward on the current device is native, and its workspace
+/// (fir_plan.h). Of the pointers they look at x and dy alone.
+struct FirWorkspace;
+bool fir_bwd_is_native_cuda(const FirBwdParams& params, DType dtype);
+FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& params, DType dtype);
 
 }  // namespace sarissa::kernels

@@ -3,6 +3,7 @@
 // to the tensor cores.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
+#include "sarissa/kernels/fir/fir_tensor.cuh"
 #include "sarissa/kernels/fir/fir_tensor_bwd.cuh"
 
 namespace sarissa::kernels {
@@ -201,12 +202,24 @@ Status run(const FirBwdParams& params, cudaStream_t stream) {
 
 }  // namespace
 
+bool fir_bwd_is_native_cuda(const FirBwdParams& params, DType dtype) {
+  return fir_march_takes(params, dtype) || fir_tensor_bwd_plan(params, dtype, shared_memory());
+}
+
+FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& params, DType dtype) {
+  if (const auto plan = fir_march_bwd_plan(params, dtype)) return fir_march_workspace(params, plan);
+  if (const auto plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
+    return fir_tensor_bwd_workspace(params, plan);
+  }
+  return fir_workspace_cuda(params);
+}
+
 Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if (const FirMarch plan = fir_march_bwd_plan(params, dtype)) {
     return fir_march_bwd(params, plan, dtype, s);
   }
-  if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype)) {
+  if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
     return fir_tensor_bwd(params, plan, s);
   }
   switch (dtype) {

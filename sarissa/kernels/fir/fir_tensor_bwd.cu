@@ -22,8 +22,8 @@ namespace {
 
 using BF16 = __nv_bfloat16;
 
-constexpr int kTile = 32;    // steps
-constexpr int kSegment = 8;  // steps of a lane in gate and finish
+constexpr int kTile = kFirTensorBwdTile;  // steps
+constexpr int kSegment = 8;               // steps of a lane in gate and finish
 constexpr int kWarps = kFirTensorBwdWarps, kThreads = 32 * kWarps;
 constexpr int kPairs = kFirBlockSide / 2;  // pairs of channels of a warp
 static_assert(kTile / kSegment * kPairs == 32);
@@ -51,7 +51,7 @@ using BlockTile = uint32_t[kSegment * kLine];
 /// kLags: Toeplitz matrices of 16 lags, so at most 16 (kLags - 1) + 1 taps.
 template <int kLags>
 struct FirTensorBwdTraits {
-  static constexpr int kDelay = kLags / 2;       // tiles that the oldest tap reaches
+  static constexpr int kDelay = fir_tensor_bwd_delay(kLags);
   static constexpr int kHistory = kDelay + 1;    // tiles of u and dq
   static constexpr int kPostSlots = kDelay + 2;  // tiles of z_post and dy: also the one on its way
   static constexpr int kLateSlots = 2;           // tiles of z_pre and z_value
@@ -176,11 +176,13 @@ struct FirTensorBackward {
   typename Traits::Warp& shared;
   int length;  // steps beyond it are not stored; 0: none are
   int lane, segment;
-  int row_word;                    // gate, finish: of a row tile, where the lane's rows begin
-  int d;                           // gate, finish: the first of the lane's channels
-  int fragment, fragment_by_step;  // filter: words of a tile that the lane's addresses start from
-  uint32_t taps[2 * kLags - 1];    // Toeplitz fragments, see toeplitz()
-  float skip[2];                   // of channels r and r + 8
+  int row_word;  // gate, finish: of a row tile, where the lane's rows begin
+  int d;         // gate, finish: the first of the lane's channels
+  /// filter: the word of a tile that the lane points ldmatrix to, for a block as operand A of
+  /// [channel, step] (transposed) or B of [step, channel], and as A of [step, channel].
+  int fragment, fragment_by_step;
+  uint32_t taps[2 * kLags - 1];  // Toeplitz fragments, see toeplitz()
+  float skip[2];                 // of channels r and r + 8
   Two d_featurizer[3][3] = {};
   Two d_skip = {};
   float d_taps[kLags][2][4] = {};  // per lag: dq u^T, [16 steps of dq, 2 x 8 steps of u]
@@ -593,7 +595,7 @@ struct FirTensorBackward {
     }
   }
 
-  /// Writes the strip's partial sums; fir_tensor_plan.h has the layouts.
+  /// Writes the strip's partial sums; fir_tensor_bwd_plan.h has the layouts.
   __device__ void store_partials(int64_t partial) {
     auto* d_f = static_cast<float*>(p.featurizer_partial) + partial * 9 * p.width;
     auto* d_h = static_cast<float*>(p.taps_partial) +
@@ -767,7 +769,8 @@ __global__ void __launch_bounds__(kSumThreads)
 
 template <int kLags, bool kStates>
 Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream) {
-  const size_t shared = sizeof(typename FirTensorBwdTraits<kLags>::Shared);
+  constexpr size_t shared = sizeof(typename FirTensorBwdTraits<kLags>::Shared);
+  static_assert(shared == fir_tensor_bwd_shared(kLags));
   const Status allowed = allow_shared_memory(fir_tensor_bwd_kernel<kLags, kStates>, shared);
   if (!allowed.ok()) return allowed;
   const dim3 grid(plan.columns, plan.strips, p.batch);

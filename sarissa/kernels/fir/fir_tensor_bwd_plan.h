@@ -1,5 +1,5 @@
-// The plan of the backward of hyena_fir with many taps on tensor cores, and which GPU kernel takes
-// a backward. Pure functions of the problem.
+// The plan of the backward of hyena_fir with many taps on tensor cores. Pure functions of the
+// problem and of the shared memory of a multiprocessor.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,22 @@ namespace sarissa::kernels {
 /// Warps of a block of threads, each with 16 channels, and steps of a tile.
 constexpr int kFirTensorBwdWarps = 4, kFirTensorBwdTile = 32;
 
-/// Blocks that share a multiprocessor.
+/// Blocks of threads that share a multiprocessor.
 constexpr int kFirTensorBwdShare = 2;
+
+/// Tiles that the oldest of so many blocks of 16 taps reaches, beside its own.
+constexpr int fir_tensor_bwd_delay(int lags) { return lags / 2; }
+
+/// Shared memory of a block of threads; fir_tensor_bwd.cu has the layout.
+constexpr int64_t fir_tensor_bwd_shared(int lags) {
+  const int64_t delay = fir_tensor_bwd_delay(lags);
+  const int64_t row_tiles = 2 * (delay + 2) + 2 * 2, block_tiles = 2 * (delay + 1);
+  constexpr int64_t kRowTile = 2 * kFirTensorBwdTile * kFirTensorBwdWarps * kFirBlockSide;
+  constexpr int64_t kBlockTile = 2 * kFirTensorBwdTile * kFirBlockSide + 8 * 16;
+  constexpr int64_t kFilters = 9 * 4 * kFirBlockSide, kBeside = 6 * 4 * kFirBlockSide;
+  return row_tiles * kRowTile +
+         kFirTensorBwdWarps * (block_tiles * kBlockTile + kFilters + kBeside);
+}
 
 /// How the backward on tensor cores takes a problem: a block of threads owns 64 channels and a
 /// strip of `steps` steps.
@@ -45,17 +59,20 @@ inline int64_t fir_tensor_bwd_strips(int64_t blocks, int64_t tiles) {
   return best;
 }
 
-/// The plan; none for more than 129 taps, and where dy is not aligned as z must be.
-inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype) {
+/// The plan for a multiprocessor with `shared` bytes of shared memory, of which each block of
+/// threads takes 1024 besides its own. There is none for more than 129 taps, for a single step, and
+/// where dy is not aligned as z must be.
+inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype, int64_t shared) {
   constexpr int kLags[] = {3, 5, 9};
   constexpr const char* kNames[] = {"tensor_w33", "tensor_w65", "tensor_w129"};
   FirTensorBwd plan;
-  if (!fir_tensor_takes(p, dtype) || !fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l)) {
+  if (!fir_tensor_takes(p, dtype) || p.length == 1 ||
+      !fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l)) {
     return plan;
   }
   const int64_t lags = fir_tensor_lags(p.num_taps);
   const int kernel = lags <= kLags[0] ? 0 : lags <= kLags[1] ? 1 : 2;
-  if (lags > kLags[kernel]) return plan;
+  if (lags > kLags[kernel] || fir_tensor_bwd_shared(kLags[kernel]) + 1024 > shared) return plan;
   plan.lags = kLags[kernel];
   plan.name = kNames[kernel];
   plan.columns = static_cast<int>(fir_ceil_div(p.width, kFirBlockSide * kFirTensorBwdWarps));
@@ -78,19 +95,6 @@ inline FirWorkspace fir_tensor_bwd_workspace(const FirBwdParams& p, const FirTen
       .taps_partial = partials * (p.width + p.width / kFirBlockSide * p.num_taps),
       .featurizer_partial = partials * 9 * p.width,
   };
-}
-
-/// Whether the kernel that takes the backward on a GPU has parameters and their gradients as the
-/// operator has them: see fir.h. Of the pointers only x and dy are looked at.
-inline bool fir_bwd_is_native(const FirBwdParams& p, DType dtype) {
-  return fir_march_takes(p, dtype) || fir_tensor_bwd_plan(p, dtype);
-}
-
-/// The workspace of the kernel that takes the backward on a GPU.
-inline FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& p, DType dtype) {
-  if (const auto plan = fir_march_bwd_plan(p, dtype)) return fir_march_workspace(p, plan);
-  if (const auto plan = fir_tensor_bwd_plan(p, dtype)) return fir_tensor_bwd_workspace(p, plan);
-  return fir_workspace_cuda(p);
 }
 
 }  // namespace sarissa::kernels

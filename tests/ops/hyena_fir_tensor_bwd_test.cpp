@@ -1,0 +1,239 @@
+// The backward of hyena_fir (Hyena-MR) on tensor cores: its plan, and all gradients against the
+// operator on the CPU in double.
+#include <ATen/ATen.h>
+#include <gtest/gtest.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include "sarissa/kernels/fir/fir_tensor_bwd_plan.h"
+#include "sarissa/ops/device.h"
+#include "sarissa/ops/ops.h"
+#include "tests/support/compare.h"
+
+namespace sarissa {
+namespace {
+
+using at::Tensor;
+using kernels::DType;
+using kernels::FirTensorBwd;
+using test::bit_equal;
+using test::relative_rms;
+
+struct Shape {
+  int64_t B, L, D, G, W;
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& s) {
+  return out << "B" << s.B << " L" << s.L << " D" << s.D << " G" << s.G << " W" << s.W;
+}
+
+constexpr int64_t kH100 = 228 * 1024, kA100 = 164 * 1024, kSmall = 100 * 1024;  // shared memory
+
+/// A problem whose tensors lie at addresses that are never read.
+kernels::FirBwdParams plan_problem(const Shape& s) {
+  const auto* aligned = reinterpret_cast<const void*>(uintptr_t{4096});
+  kernels::FirBwdParams p{};
+  p.batch = s.B;
+  p.length = s.L;
+  p.width = s.D;
+  p.groups = s.G;
+  p.num_taps = s.W;
+  p.x = p.dy = p.featurizer = p.taps = aligned;
+  p.x_stride_l = 3 * s.D;
+  p.x_stride_b = s.L * p.x_stride_l;
+  p.dy_stride_l = s.D;
+  p.dy_stride_b = s.L * s.D;
+  return p;
+}
+
+FirTensorBwd plan_of(const Shape& s, int64_t shared = kH100) {
+  return fir_tensor_bwd_plan(plan_problem(s), DType::kBFloat16, shared);
+}
+
+TEST(HyenaFirTensorBwdPlan, TakesUpTo129TapsInGroupsOfSixteenChannels) {
+  EXPECT_STREQ(plan_of({2, 99, 4096, 256, 15}).name, "tensor_w33");
+  EXPECT_STREQ(plan_of({2, 99, 4096, 256, 33}).name, "tensor_w33");
+  EXPECT_STREQ(plan_of({2, 99, 4096, 256, 34}).name, "tensor_w65");
+  EXPECT_STREQ(plan_of({2, 99, 4096, 256, 65}).name, "tensor_w65");
+  EXPECT_STREQ(plan_of({2, 99, 80, 5, 66}).name, "tensor_w129");
+  EXPECT_STREQ(plan_of({2, 99, 64, 1, 129}).name, "tensor_w129");
+  EXPECT_STREQ(plan_of({2, 99, 64, 1, 129}, kA100).name, "tensor_w129");
+  EXPECT_FALSE(plan_of({2, 99, 64, 1, 129}, kSmall));
+  EXPECT_TRUE(plan_of({2, 99, 64, 1, 65}, kSmall));
+  EXPECT_FALSE(plan_of({2, 99, 4096, 256, 14}));
+  EXPECT_FALSE(plan_of({2, 99, 4096, 256, 130}));
+  EXPECT_FALSE(plan_of({2, 1, 4096, 256, 128}));
+  EXPECT_FALSE(plan_of({2, 99, 64, 8, 128}));
+  EXPECT_FALSE(fir_tensor_bwd_plan(plan_problem({2, 99, 64, 4, 128}), DType::kFloat32, kH100));
+  auto odd = plan_problem({2, 99, 64, 4, 128});
+  odd.dy_stride_l += 4;
+  EXPECT_FALSE(fir_tensor_bwd_plan(odd, DType::kBFloat16, kH100));
+}
+
+TEST(HyenaFirTensorBwdPlan, StripsCoverTimeAndFillTheMachine) {
+  for (const Shape& s :
+       {Shape{1, 2, 64, 4, 15}, Shape{2, 65, 80, 5, 128}, Shape{1, 2048, 4096, 256, 128},
+        Shape{1, 131072, 4096, 256, 128}, Shape{8, 1024, 4096, 256, 128},
+        Shape{300, 77, 256, 16, 30}, Shape{1, 1000003, 64, 4, 100}}) {
+    const FirTensorBwd plan = plan_of(s);
+    EXPECT_EQ(plan.steps % kernels::kFirTensorBwdTile, 0) << s;
+    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
+    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+    EXPECT_GE(plan.columns * 64, s.D) << s;
+    EXPECT_LE(plan.strips, 65535) << s;
+  }
+  EXPECT_EQ(plan_of({1, 2048, 4096, 256, 128}).strips, 4);
+  EXPECT_EQ(plan_of({1, 131072, 4096, 256, 128}).strips, 4);
+  EXPECT_EQ(plan_of({4, 2048, 4096, 256, 128}).strips, 1);
+}
+
+/// Gradients of z, featurizer, taps, skip, featurizer state, inner state.
+const char* kNames[] = {"dz", "d_featurizer", "d_taps", "d_skip", "d_featurizer_state", "d_state"};
+
+/// The inputs in that order, then the gradients of y and of both states; in double.
+struct Problem {
+  std::vector<Tensor> inputs, upstream;
+
+  explicit Problem(const Shape& s, uint64_t seed = 17) {
+    const auto r = [&](at::IntArrayRef sizes) {
+      return test::randn(sizes, seed++).to(at::kBFloat16).to(at::kDouble);
+    };
+    inputs = {r({s.B, s.L, 3 * s.D}), r({3 * s.D, 3}),       r({s.G, s.W}), r({s.D}),
+              r({s.B, 2, 3 * s.D}),   r({s.B, s.W - 1, s.D})};
+    upstream = {r({s.B, s.L, s.D}), r({s.B, 2, 3 * s.D}), r({s.B, s.W - 1, s.D})};
+  }
+};
+
+enum class With { kNothing, kSkip, kStateIn, kStateOut, kAll };
+
+/// Gradients of what `with` has; the others stay undefined.
+std::vector<Tensor> gradients(const Problem& p, With with, at::ScalarType dtype, at::Device device,
+                              at::ScalarType parameters) {
+  const auto inner = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const at::ScalarType types[] = {dtype, parameters, parameters, parameters, dtype, inner};
+  std::vector<Tensor> in;
+  for (size_t i = 0; i < 6; ++i) {
+    in.push_back(p.inputs[i].to(device, types[i]).detach().clone().requires_grad_(true));
+  }
+  const bool skip = with != With::kNothing, states = with == With::kStateIn || with == With::kAll;
+  std::optional<Tensor> maybe_skip;
+  if (skip) maybe_skip = in[3];
+  std::optional<ops::HyenaState> state;
+  if (states) state = {in[4], in[5]};
+  const auto [y, out] = ops::hyena_fir(in[0], in[1], in[2], maybe_skip, state);
+  std::vector<Tensor> results = {y}, upstream = {p.upstream[0].to(device, dtype)};
+  if (with == With::kStateOut || with == With::kAll) {
+    results.insert(results.end(), {out.featurizer, out.inner});
+    upstream.insert(upstream.end(),
+                    {p.upstream[1].to(device, dtype), p.upstream[2].to(device, inner)});
+  }
+  std::vector<Tensor> leaves = {in[0], in[1], in[2]};
+  if (skip) leaves.push_back(in[3]);
+  if (states) leaves.insert(leaves.end(), {in[4], in[5]});
+  return torch::autograd::grad(results, leaves, upstream);
+}
+
+std::vector<Tensor> gradients_on_gpu(const Problem& p, With with, at::ScalarType parameters) {
+  return gradients(p, with, at::kBFloat16, at::kCUDA, parameters);
+}
+
+/// On the way from dy to dz up to three values are rounded to bfloat16 besides dz (u or dq, q or
+/// du, and float taps); few values average less.
+double tolerance(const Shape& s, at::ScalarType parameters) {
+  const double many = parameters == at::kFloat ? 4.5e-3 : 3.6e-3;
+  return s.L < 64 ? 10 * many : 1.3 * many;
+}
+
+TEST(HyenaFirTensorBwdCuda, GradientsMatchTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& s :
+       {Shape{2, 2, 64, 4, 15}, Shape{1, 15, 16, 1, 128}, Shape{2, 31, 80, 5, 17},
+        Shape{1, 33, 144, 9, 33}, Shape{2, 64, 64, 4, 64}, Shape{1, 65, 48, 3, 129},
+        Shape{2, 129, 64, 2, 128}, Shape{1, 300, 128, 2, 66}, Shape{3, 521, 80, 5, 128},
+        Shape{1, 1031, 192, 12, 100}, Shape{1, 3000, 1024, 64, 128}}) {
+    const Problem p(s);
+    for (const With with :
+         {With::kNothing, With::kSkip, With::kStateIn, With::kStateOut, With::kAll}) {
+      const auto want = gradients(p, with, at::kDouble, at::kCPU, at::kDouble);
+      for (const auto parameters : {at::kBFloat16, at::kFloat}) {
+        const auto got = gradients_on_gpu(p, with, parameters);
+        ASSERT_EQ(ops::last_kernel(), plan_of(s).name) << s;
+        for (size_t i = 0; i < got.size(); ++i) {
+          EXPECT_LE(relative_rms(got[i], want[i]), tolerance(s, parameters))
+              << s << " with " << static_cast<int>(with) << ": " << kNames[i];
+        }
+        const auto again = gradients_on_gpu(p, with, parameters);
+        for (size_t i = 0; i < got.size(); ++i) {
+          EXPECT_TRUE(bit_equal(again[i], got[i])) << s << ": " << kNames[i];
+        }
+      }
+    }
+  }
+}
+
+/// What no tensor core takes: more taps, narrow groups.
+TEST(HyenaFirTensorBwdCuda, OtherShapesFallBack) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& s : {Shape{1, 300, 64, 4, 200}, Shape{1, 300, 64, 4, 1024},
+                         Shape{2, 129, 64, 8, 128}, Shape{2, 129, 72, 3, 128}}) {
+    const Problem p(s);
+    const auto want = gradients(p, With::kAll, at::kDouble, at::kCPU, at::kDouble);
+    const auto got = gradients_on_gpu(p, With::kAll, at::kBFloat16);
+    EXPECT_EQ(ops::last_kernel(), "stages") << s;
+    for (size_t i = 0; i < got.size(); ++i) {
+      EXPECT_LE(relative_rms(got[i], want[i]), 3.4e-3) << s << ": " << kNames[i];
+    }
+  }
+}
+
+/// Rows of z and of dy inside wider rows.
+TEST(HyenaFirTensorBwdCuda, StridedRowsGiveTheSameBits) {
+  SKIP_WITHOUT_CUDA();
+  const Problem p({2, 131, 64, 4, 128});
+  std::vector<Tensor> in;
+  for (size_t i = 0; i < 4; ++i) in.push_back(p.inputs[i].to(at::kCUDA, at::kBFloat16));
+  const Tensor dy = p.upstream[0].to(at::kCUDA, at::kBFloat16);
+  const auto inside = [](const Tensor& x) {
+    const int64_t width = x.size(2);
+    const Tensor wide = at::full({x.size(0), x.size(1), width + 16}, std::nan(""), x.options());
+    wide.slice(2, 8, 8 + width).copy_(x);
+    return wide.slice(2, 8, 8 + width);
+  };
+  const auto dz = [&](const Tensor& z, const Tensor& upstream) {
+    const Tensor leaf = z.detach().requires_grad_(true);
+    const Tensor y = std::get<0>(ops::hyena_fir(leaf, in[1], in[2], in[3]));
+    const Tensor d = torch::autograd::grad({y}, {leaf}, {upstream})[0];
+    EXPECT_EQ(ops::last_kernel(), "tensor_w129");
+    return d;
+  };
+  const Tensor want = dz(in[0], dy);
+  EXPECT_TRUE(bit_equal(dz(inside(in[0]), dy), want));
+  EXPECT_TRUE(bit_equal(dz(in[0], inside(dy)), want));
+}
+
+/// Cuts carry the gradients of the states: split and unsplit runs agree.
+TEST(HyenaFirTensorBwdCuda, GradientsFlowThroughCarriedStates) {
+  SKIP_WITHOUT_CUDA();
+  const Shape s = {2, 300, 64, 4, 128};
+  const Problem p(s);
+  const auto want = gradients(p, With::kSkip, at::kDouble, at::kCPU, at::kDouble);
+  std::vector<Tensor> in;
+  for (size_t i = 0; i < 4; ++i) {
+    in.push_back(p.inputs[i].to(at::kCUDA, at::kBFloat16).requires_grad_(true));
+  }
+  std::optional<ops::HyenaState> state;
+  std::vector<Tensor> parts;
+  for (const auto& [begin, end] : {std::pair{0, 17}, {17, 150}, {150, 300}}) {
+    auto [y, next] = ops::hyena_fir(in[0].slice(1, begin, end), in[1], in[2], in[3], state);
+    parts.push_back(y);
+    state = next;
+  }
+  const auto got =
+      torch::autograd::grad({at::cat(parts, 1)}, in, {p.upstream[0].to(at::kCUDA, at::kBFloat16)});
+  for (size_t i = 0; i < got.size(); ++i) {
+    EXPECT_LE(relative_rms(got[i], want[i]), 6e-3) << kNames[i];
+  }
+}
+
+}  // namespace
+}  // namespace sarissa
