@@ -227,14 +227,18 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
   Gradients out;
   out.u = at::empty({in.batch, in.length, args.channels()}, args.options());
   out.state = at::empty(state_shape, args.compute_options());
-  // Zeros and not empty: with an empty batch no kernel runs.
-  out.log_poles = at::zeros({in.groups, in.modes}, args.compute_options());
-  out.residues = at::zeros({in.groups, in.modes}, args.compute_options());
-  out.skip = at::zeros({in.width}, args.compute_options());
+  const auto parameter_gradient = [&](at::IntArrayRef shape) {
+    // With an empty batch no kernel runs.
+    return in.batch == 0 ? at::zeros(shape, args.compute_options())
+                         : at::empty(shape, args.compute_options());
+  };
+  out.log_poles = parameter_gradient({in.groups, in.modes});
+  out.residues = parameter_gradient({in.groups, in.modes});
+  out.skip = parameter_gradient({in.width});
   Tensor dfeaturizer_KC, dfeaturizer_BKC;
   if (args.gated()) {
     out.featurizer_state = at::empty(featurizer_state_shape, args.options());
-    dfeaturizer_KC = at::zeros({3, 3 * in.width}, args.compute_options());
+    dfeaturizer_KC = parameter_gradient({3, 3 * in.width});
     dfeaturizer_BKC = at::empty({in.batch, 3, 3 * in.width}, args.compute_options());
     out.featurizer = dfeaturizer_KC.t();
   }
@@ -280,7 +284,7 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
         return kernels::modal_bwd_cpu(mine, args.dtype, begin, end);
       },
       [&](const kernels::CudaKernels& cuda, void* stream) {
-        const Tensor workspace = args.workspace(cuda.modal_bwd_workspace(in, args.dtype));
+        const Tensor workspace = args.workspace(cuda.modal_bwd_workspace(params, args.dtype));
         params.workspace = workspace.mutable_data_ptr();
         return cuda.modal_bwd(params, args.dtype, stream);
       });

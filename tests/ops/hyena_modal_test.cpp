@@ -8,6 +8,7 @@
 #include <set>
 
 #include "sarissa/kernels/modal/modal_plan.h"
+#include "sarissa/kernels/modal/modal_tensor_bwd.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
@@ -714,7 +715,7 @@ TEST(HyenaModal, CudaMatchesTheCpuInDouble) {
     expect_close(run(fused, p, at::kDouble, at::kCUDA), want, 1e-12, shape);
     expect_close(run(fused, p, at::kFloat, at::kCUDA), want, 3e-6, shape);
     const auto got = run(fused, p, at::kBFloat16, at::kCUDA);
-    if (ops::last_kernel().starts_with("tensor")) {
+    if (on_tensor_cores(shape)) {
       expect_close(got, want, kTensorTolerance, shape);
       continue;
     }
@@ -725,6 +726,34 @@ TEST(HyenaModal, CudaMatchesTheCpuInDouble) {
       EXPECT_LE(relative_rms(got[i], want[i]), 3e-6) << kNames[i] << " of " << shape;
     }
   }
+}
+
+TEST(HyenaModal, TensorBackwardPlan) {
+  alignas(16) static char memory[16];
+  const auto plan = [](int64_t batch, int64_t length, int64_t width, int64_t shared = 227 << 10) {
+    kernels::ModalBwdParams p;
+    p.in = {.batch = batch, .length = length, .width = width, .groups = width, .modes = 16};
+    p.in.u = p.in.featurizer = p.in.featurizer_state = p.dy = p.saved = memory;
+    p.in.u_time_stride = 3 * width;
+    p.in.u_batch_stride = length * 3 * width;
+    p.dy_time_stride = width;
+    p.dy_batch_stride = length * width;
+    return kernels::modal_tensor_bwd_plan(p, kernels::DType::kBFloat16, 100 << 10, shared);
+  };
+  EXPECT_EQ(plan(1, 8192, 4096).chunks, 1);
+  EXPECT_EQ(plan(1, 1 << 20, 1024).chunks, 4);  // 32 columns on 132 multiprocessors
+  for (const int64_t length : {2, 255, 256, 257, 5000, 100000, 1 << 20}) {
+    for (const int64_t width : {32, 96, 1024, 4096}) {
+      const auto p = plan(2, length, width);
+      EXPECT_EQ(p.tiles, (length + 255) / 256);
+      EXPECT_GE(p.chunks * p.chunk_tiles, p.tiles) << length << " " << width;
+      EXPECT_LT((p.chunks - 1) * p.chunk_tiles, p.tiles) << length << " " << width;
+      EXPECT_EQ(p.teams, 2);
+    }
+  }
+  EXPECT_EQ(plan(1, 8192, 4096, 163 << 10).teams, 1);  // less shared memory
+  EXPECT_FALSE(plan(1, 8192, 4096, 99 << 10));
+  EXPECT_FALSE(plan(1, 8192, 48));
 }
 
 TEST(HyenaModal, CudaTensorBackwardMatchesTheCpuInDouble) {

@@ -92,7 +92,8 @@ Status modal_sum_cpu(const ModalBwdParams& params, DType dtype);
 /// its state and the skip as the operator has them.
 bool modal_fwd_is_native_cuda(const ModalInputs& in, DType dtype);
 int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype);
-int64_t modal_bwd_workspace_cuda(const ModalInputs& in, DType dtype);
+/// `params` with everything but the workspace.
+int64_t modal_bwd_workspace_cuda(const ModalBwdParams& params, DType dtype);
 /// `stream` is a cudaStream_t.
 Status modal_fwd_cuda(const ModalFwdParams& params, DType dtype, void* stream);
 /// The backward and the sums.

@@ -2,6 +2,7 @@
 // steps; the backward walks the spans from the last to the first and, in each, recomputes the
 // states before every kSteps steps, and inside those keeps the states in registers.
 #include "sarissa/kernels/modal/modal.cuh"
+#include "sarissa/kernels/modal/modal_tensor_bwd.h"
 
 namespace sarissa::kernels {
 namespace {
@@ -273,7 +274,7 @@ Status launch(const ModalBwdParams& p, cudaStream_t stream) {
   sum(p.dresidues_BND, in.modes, in.width, in.groups, p.dresidues);
   sum(p.dskip_BD, 1, in.width, in.width, p.dskip);
   if (in.gated()) sum(p.dfeaturizer_BKC, 1, 9 * in.width, 9 * in.width, p.dfeaturizer);
-  return launch_status();
+  return launch_status("stages");
 }
 
 template <class C>
@@ -285,12 +286,19 @@ int64_t workspace_bytes(const ModalInputs& in) {
 
 }  // namespace
 
-int64_t modal_bwd_workspace_cuda(const ModalInputs& in, DType dtype) {
+int64_t modal_bwd_workspace_cuda(const ModalBwdParams& params, DType dtype) {
+  const ModalInputs& in = params.in;
+  if (const ModalTensorBwd plan = modal_tensor_bwd_plan(params, dtype)) {
+    return ModalTensorBwdWorkspace(in, plan).total() * static_cast<int64_t>(sizeof(float));
+  }
   return dtype == DType::kFloat64 ? workspace_bytes<double>(in) : workspace_bytes<float>(in);
 }
 
 Status modal_bwd_cuda(const ModalBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
+  if (const ModalTensorBwd plan = modal_tensor_bwd_plan(params, dtype)) {
+    return modal_tensor_bwd(params, plan, stream);
+  }
   switch (dtype) {
     case DType::kFloat64:
       return launch<double>(params, s);

@@ -1,0 +1,93 @@
+// The tensor core backward of hyena_modal: how it takes a problem, a pure function, and its launch.
+#pragma once
+
+#include "sarissa/kernels/modal/modal_plan.h"
+
+namespace sarissa::kernels {
+/// The tensor core backward of hyena_modal: a team of warps owns kModalTeamChannels channels and
+/// marches in tiles of kModalBwdTile steps.
+constexpr int kModalTeamChannels = 16;
+constexpr int kModalBwdTile = 256;
+
+struct ModalTensorBwd {
+  int teams = 0;  // of a CTA, side by side; 0: it does not take the problem
+  int tiles = 0;
+  int chunks = 1, chunk_tiles = 0;  // of time
+  const char* name = nullptr;
+
+  explicit operator bool() const { return teams > 0; }
+};
+
+/// How many chunks to cut `tiles` into, with `ctas` for each: the fewest that take the least time,
+/// counted in tiles of a multiprocessor of an H100 (not of the actual GPU, so that gradients have
+/// the same bits everywhere). A chunk starts a tile early; tiles of the first pass, which all but
+/// one chunk take, are cheaper.
+inline int modal_bwd_chunks(int64_t ctas, int64_t tiles) {
+  constexpr int64_t kMultiprocessors = 132, kMost = 64;
+  constexpr double kFirstPass = 0.35;
+  const auto turns = [&](int64_t n) { return (n + kMultiprocessors - 1) / kMultiprocessors; };
+  int64_t best = 1;
+  auto least = static_cast<double>(turns(ctas) * tiles);
+  for (int64_t chunks = 2; chunks <= std::min(kMost, tiles / 2); ++chunks) {
+    const int64_t length = (tiles + chunks - 1) / chunks;
+    const double time = static_cast<double>(turns(ctas * chunks) * (length + 1)) +
+                        kFirstPass * static_cast<double>(turns(ctas * (chunks - 1)) * length);
+    if (time < 0.98 * least) {
+      least = time;
+      best = chunks;
+    }
+  }
+  return static_cast<int>(best);
+}
+
+/// Needs what the forward saved. `team_bytes`: shared memory of a team; `shared_bytes`: what a CTA
+/// can have.
+inline ModalTensorBwd modal_tensor_bwd_plan(const ModalBwdParams& p, DType dtype,
+                                            int64_t team_bytes, int64_t shared_bytes) {
+  constexpr int64_t kMostLength = int64_t{1} << 28, kMostStride = int64_t{1} << 23;
+  const ModalInputs& in = p.in;
+  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
+  const auto rows_fit = [&](const void* rows, int64_t batch_stride, int64_t time_stride) {
+    return aligned(rows) && (in.batch == 1 || batch_stride % 8 == 0) && time_stride % 8 == 0 &&
+           time_stride >= 0 && time_stride <= kMostStride;
+  };
+  ModalTensorBwd plan;
+  if (!in.gated() || dtype != DType::kBFloat16 || p.saved == nullptr || in.length < 1 ||
+      in.length > kMostLength || in.modes > kModalTensorModes ||
+      in.width % kModalTensorChannels != 0 || in.width > kMostStride || in.batch > 65535 ||
+      !rows_fit(in.u, in.u_batch_stride, in.u_time_stride) ||
+      !rows_fit(p.dy, p.dy_batch_stride, p.dy_time_stride) || !aligned(p.saved) ||
+      !aligned(in.featurizer_state) || !aligned(p.dfeaturizer_state_out) ||
+      team_bytes > shared_bytes) {
+    return plan;
+  }
+  constexpr int kTeams = kModalTensorChannels / kModalTeamChannels;
+  plan.teams = kTeams * team_bytes <= shared_bytes ? kTeams : 1;
+  plan.tiles = static_cast<int>((in.length + kModalBwdTile - 1) / kModalBwdTile);
+  const int chunks = modal_bwd_chunks(in.width / kModalTensorChannels * in.batch, plan.tiles);
+  plan.chunk_tiles = (plan.tiles + chunks - 1) / chunks;
+  plan.chunks = (plan.tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+  plan.name = plan.chunks > 1 ? "tensor_chunks" : "tensor";
+  return plan;
+}
+
+/// Its workspace, in floats; modal_tensor_bwd.cu has the layouts.
+struct ModalTensorBwdWorkspace {
+  int64_t arriving, poles, skip, featurizer;
+
+  ModalTensorBwdWorkspace(const ModalInputs& in, const ModalTensorBwd& plan) {
+    const int64_t parts = in.batch * plan.chunks;
+    arriving = in.batch * (plan.chunks - 1) * in.width * kModalTensorModes;
+    poles = parts * in.width * in.modes;
+    skip = parts * in.width;
+    featurizer = parts * 9 * in.width;
+  }
+  int64_t total() const { return arriving + 2 * poles + skip + featurizer; }
+};
+
+/// The plan on the current GPU.
+ModalTensorBwd modal_tensor_bwd_plan(const ModalBwdParams& p, DType dtype);
+/// `stream` is a cudaStream_t.
+Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, void* stream);
+
+}  // namespace sarissa::kernels
