@@ -340,6 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     modal_tensor_fwd_kernel(const __grid_constant__ ModalFwdParams p, int plan_ranks) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<kRanked>*>(shared_bytes);
+  wait_for_earlier_kernels();
   const ModalInputs& in = p.in;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int row = lane / 4, column = lane % 4 * 2;
@@ -364,11 +365,32 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int round = 0; round < kSlots; ++round) copy(round, round, 0);
 
-  // Tables, while the first tiles arrive.
-  auto& setup = shared.setup;
-  static_assert(kThreads == kChannels * kModes);
+  // What the tables are made of: all loads before the first use, while the first tiles arrive.
+  static_assert(kThreads == kChannels * kModes && kBlock == kModes);
   const int my_channel = thread / kModes, my_mode = thread % kModes;
   const ModalMode mode(in, cta.channel + my_channel, my_mode);
+  float my_tap = 0.0f;  // of the local convolution, number my_mode
+  if (my_mode == 0 && in.skip != nullptr) {
+    my_tap = modal_parameter(in.skip, in.skip_is_T, cta.channel + my_channel);
+  }
+  constexpr int kFeaturizers = 9 * kPairs;  // [third][tap][pair], a thread each
+  float2 featurizer = {};
+  if (thread < kFeaturizers) {
+    const int pair = thread % kPairs, tap = thread / kPairs % 3, third = thread / kPairs / 3;
+    const int64_t at = (third * in.width + cta.channel + 2 * pair) * 3 + tap;
+    featurizer = {modal_parameter(in.featurizer, in.featurizer_is_T, at),
+                  modal_parameter(in.featurizer, in.featurizer_is_T, at + 3)};
+  }
+  if (rank == 0 && thread < 3 * kHalo * kChunks) {  // the rows before the sequence
+    const int third = thread / (kHalo * kChunks), j = thread / kChunks % kHalo;
+    const bf16* const from = cta.row(in, third, j - kHalo);
+    const uint4 none = {};
+    *reinterpret_cast<uint4*>(shared.z[third][0] + row_offset(j) + thread % kChunks * 16) =
+        from != nullptr ? reinterpret_cast<const uint4*>(from)[thread % kChunks] : none;
+  }
+  if (thread < kFeaturizers) (&shared.featurizer[0][0][0])[thread] = featurizer;
+
+  auto& setup = shared.setup;
   const double lambda = mode.there ? mode.exact_power(1) : 0.0;
   double lambda_to_tile;
   {
@@ -388,33 +410,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     shared.decay[my_channel][my_mode] = decay;
     shared.correction[my_channel][my_mode] = static_cast<float>(lambda_to_tile - scan_decay(decay));
   }
-  if (rank == 0 && thread < 3 * kHalo * kChunks) {  // the rows before the sequence
-    const int third = thread / (kHalo * kChunks), j = thread / kChunks % kHalo;
-    const bf16* const from = cta.row(in, third, j - kHalo);
-    const uint4 none = {};
-    *reinterpret_cast<uint4*>(shared.z[third][0] + row_offset(j) + thread % kChunks * 16) =
-        from != nullptr ? reinterpret_cast<const uint4*>(from)[thread % kChunks] : none;
-  }
-  for (int i = thread; i < 9 * kPairs; i += kThreads) {
-    const int pair = i % kPairs, tap = i / kPairs % 3, third = i / kPairs / 3;
-    const int64_t at = (third * in.width + cta.channel + 2 * pair) * 3 + tap;
-    shared.featurizer[third][tap][pair] = {
-        modal_parameter(in.featurizer, in.featurizer_is_T, at),
-        modal_parameter(in.featurizer, in.featurizer_is_T, at + 3)};
-  }
   __syncthreads();
-  {
-    const int own = thread / kBlock, lag = thread % kBlock;
-    float h = 0.0f;
-    if (lag == 0 && in.skip != nullptr) {
-      h = modal_parameter(in.skip, in.skip_is_T, cta.channel + own);
-    }
 #pragma unroll
-    for (int n = 0; n < kModes; ++n) {
-      h = fmaf(setup.residue[own][n], modal_power(setup.log_pole[own][n], lag), h);
-    }
-    setup.taps[own][lag] = h;
+  for (int n = 0; n < kModes; ++n) {
+    const float power = modal_power(setup.log_pole[my_channel][n], my_mode);
+    my_tap = fmaf(setup.residue[my_channel][n], power, my_tap);
   }
+  setup.taps[my_channel][my_mode] = my_tap;
   __syncthreads();
   Filter filters[kOwn] = {Filter(in, setup, cta, warp * kOwn),
                           Filter(in, setup, cta, warp * kOwn + 1)};
@@ -516,27 +518,41 @@ __global__ void __launch_bounds__(kThreads, 1)
   float carry = 0.0f;  // of the thread's mode, before the tiles of a round
   if constexpr (kRanked) carry = initial_state(in, cta, my_channel, my_mode);
   const FloatPair tile_decay(lambda_to_tile);
-  // The state before this rank's tile, of the thread's mode; the carry moves on.
-  const auto follow_carry = [&](int round) {
-    constexpr int kTogether = 4;
+  // Messages that are read at once.
+  constexpr int kTogether = 4;
+  struct Ends {
+    TileEnd of[kTogether];
+  };
+  const auto peek_ends = [&](int round, int first) {
     const TileEnd* const from = mail + round % kMailRounds * mail_round + lane;
+    Ends ends;
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      ends.of[i] = TileEnd::peek(from + min(first + i, ranks - 1) * kMail);
+    }
+    return ends;
+  };
+  // The state before this rank's tile, of the thread's mode; the carry moves on. `ends`: what the
+  // first ranks have told until now.
+  const auto follow_carry = [&](int round, Ends ends) {
     float start = 0.0f;
     for (int first = 0; first < ranks; first += kTogether) {
-      TileEnd ends[kTogether];
-      bool complete;
-      do {
-        complete = true;
+      if (first > 0) ends = peek_ends(round, first);
+      while (true) {
+        bool complete = true;
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
-          ends[i] = TileEnd::peek(from + min(first + i, ranks - 1) * kMail);
-          complete = complete && ends[i].number == round + 1;
+          complete = complete && ends.of[i].number == round + 1;
         }
-      } while (!complete);
+        if (complete) break;
+        ends = peek_ends(round, first);
+      }
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         if (first + i == rank) start = carry;
-        if (first + i >= ranks) break;
-        carry = recur(tile_decay.high, tile_decay.low, carry, ends[i].state);
+        if (first + i < ranks) {
+          carry = recur(tile_decay.high, tile_decay.low, carry, ends.of[i].state);
+        }
       }
     }
     __syncwarp();
@@ -549,11 +565,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     saved = static_cast<float*>(p.saved) +
             (cta.b * saved_entries * in.width + cta.channel + warp * kOwn) * kModes + column;
   }
-  const auto convolve = [&](int round, unsigned char* u_tile) {
+  // my_start: of ranks, what follow_carry() gave.
+  const auto convolve = [&](int round, unsigned char* u_tile, float my_start) {
     const int tile = tile_of(round);
     const float zero[4] = {};
-    float my_start = 0.0f;
-    if constexpr (kRanked) my_start = follow_carry(round);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
       Filter& f = filters[k];
@@ -660,12 +675,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     // With ranks there are as many tiles of u as slots.
     unsigned char* const u_gates = shared.u[kRanked ? next_slot : (round + 1) % 2];
     unsigned char* const u_convolved = shared.u[kRanked ? last_slot : round % 2];
-    if (kRanked && round < rounds) publish_ends(round, shared.u[kRanked ? slot : 0]);
+    float my_start = 0.0f;
+    if constexpr (kRanked) {
+      Ends ends{};
+      if (round > 0 && round <= rounds) ends = peek_ends(round - 1, 0);
+      if (round < rounds) publish_ends(round, shared.u[slot]);  // the messages travel meanwhile
+      if (round > 0 && round <= rounds) my_start = follow_carry(round - 1, ends);
+    }
     const bool convolve_first = warp % 8 >= 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       if ((half == 0) == convolve_first) {
-        if (round >= kLate && round < rounds + kLate) convolve(round - kLate, u_convolved);
+        if (round >= kLate && round < rounds + kLate)
+          convolve(round - kLate, u_convolved, my_start);
       } else {
         // The post-gate frees the u that the pre-gate writes.
         if (round > kLate) post_gate(kRanked ? next_slot : last_slot, u_gates);
@@ -706,25 +728,21 @@ Status run(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t str
   const auto kernel = modal_tensor_fwd_kernel<kRanked>;
   const Status allowed = allow_shared_memory(kernel, kBytes);
   if (!allowed.ok()) return allowed;
-  if (kRanked) {  // no message yet
-    const int64_t bytes = mail_bytes(plan, p.in.batch);
-    const cudaError_t e = cudaMemsetAsync(p.workspace, 0, static_cast<size_t>(bytes), stream);
-    if (e != cudaSuccess) return {cudaGetErrorString(e)};
+  const dim3 grid(static_cast<unsigned>(plan.columns * plan.ranks),
+                  static_cast<unsigned>(p.in.batch));
+  if (!kRanked) {
+    launch_early(kernel, grid, kThreads, kBytes, stream, p, plan.ranks);
+    return launch_status("tensor");
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(plan.columns * plan.ranks), static_cast<unsigned>(p.in.batch));
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  config.attrs = &cooperative;
-  config.numAttrs = kRanked ? 1 : 0;
-  const cudaError_t e = cudaLaunchKernelEx(&config, kernel, p, plan.ranks);
+  const auto mail = static_cast<size_t>(mail_bytes(plan, p.in.batch));
+  cudaError_t e = cudaMemsetAsync(p.workspace, 0, mail, stream);  // no message yet
   if (e != cudaSuccess) return {cudaGetErrorString(e)};
-  return launch_status(kRanked ? "tensor_ranks" : "tensor");
+  ModalFwdParams params = p;
+  int ranks = plan.ranks;
+  void* args[] = {&params, &ranks};
+  e = cudaLaunchCooperativeKernel(kernel, grid, kThreads, args, kBytes, stream);
+  if (e != cudaSuccess) return {cudaGetErrorString(e)};
+  return launch_status("tensor_ranks");
 }
 
 }  // namespace
