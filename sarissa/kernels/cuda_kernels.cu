@@ -11,6 +11,7 @@ extern "C" const sarissa::kernels::CudaKernels* sarissa_cuda_kernels() {
       .glu_fwd = &sarissa::kernels::glu_fwd_cuda,
       .glu_bwd = &sarissa::kernels::glu_bwd_cuda,
       .modal_fwd_is_native = &sarissa::kernels::modal_fwd_is_native_cuda,
+      .modal_bwd_is_native = &sarissa::kernels::modal_bwd_is_native_cuda,
       .modal_fwd_workspace = &sarissa::kernels::modal_fwd_workspace_cuda,
       .modal_bwd_workspace = &sarissa::kernels::modal_bwd_workspace_cuda,
       .modal_fwd = &sarissa::kernels::modal_fwd_cuda,

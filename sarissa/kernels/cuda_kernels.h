@@ -25,6 +25,7 @@ struct CudaKernels {
   decltype(&glu_fwd_cuda) glu_fwd = nullptr;
   decltype(&glu_bwd_cuda) glu_bwd = nullptr;
   decltype(&modal_fwd_is_native_cuda) modal_fwd_is_native = nullptr;
+  decltype(&modal_bwd_is_native_cuda) modal_bwd_is_native = nullptr;
   decltype(&modal_fwd_workspace_cuda) modal_fwd_workspace = nullptr;
   decltype(&modal_bwd_workspace_cuda) modal_bwd_workspace = nullptr;
   decltype(&modal_fwd_cuda) modal_fwd = nullptr;

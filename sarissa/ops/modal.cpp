@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "sarissa/kernels/modal/modal_plan.h"
+#include "sarissa/kernels/modal/modal_tensor_bwd.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
 
@@ -24,9 +25,21 @@ OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t
 /// Channels next to each other in memory.
 Tensor channels_contiguous(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
+/// Contiguous, and begins at a multiple of 16 bytes.
+Tensor aligned(const Tensor& t) {
+  const Tensor c = t.contiguous();
+  const bool good = c.is_meta() || reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0;
+  return good ? c : c.clone();
+}
+
 bool fwd_is_native(const kernels::ModalInputs& in, kernels::DType dtype) {
   return cuda_kernels().modal_fwd_is_native(in, dtype);
 }
+bool bwd_is_native(const kernels::ModalInputs& in, kernels::DType dtype) {
+  return cuda_kernels().modal_bwd_is_native(in, dtype);
+}
+/// Without what the forward saved.
+bool never_native(const kernels::ModalInputs&, kernels::DType) { return false; }
 
 /// The arguments of modal (featurizer undefined) and hyena_modal, checked and in the forms that the
 /// kernels take. Keeps the tensors that `in` points into.
@@ -105,7 +118,7 @@ struct Arguments {
         check_state(*featurizer_state, "featurizer_state", shape, u.scalar_type());
       }
       if (given(featurizer_state)) {
-        this->featurizer_state = featurizer_state->contiguous();
+        this->featurizer_state = aligned(*featurizer_state);
       } else if (!native) {
         this->featurizer_state = at::zeros(shape, u.options());
       }
@@ -227,31 +240,43 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
   Gradients out;
   out.u = at::empty({in.batch, in.length, args.channels()}, args.options());
   out.state = at::empty(state_shape, args.compute_options());
-  const auto parameter_gradient = [&](at::IntArrayRef shape) {
+  // Native kernels give the gradients of skip and featurizer in the element type where that is
+  // theirs.
+  const auto parameter_gradient = [&](at::IntArrayRef shape, bool is_T = false) {
+    const at::TensorOptions options = is_T ? args.options() : args.compute_options();
     // With an empty batch no kernel runs.
-    return in.batch == 0 ? at::zeros(shape, args.compute_options())
-                         : at::empty(shape, args.compute_options());
+    return in.batch == 0 ? at::zeros(shape, options) : at::empty(shape, options);
   };
   out.log_poles = parameter_gradient({in.groups, in.modes});
   out.residues = parameter_gradient({in.groups, in.modes});
-  out.skip = parameter_gradient({in.width});
-  Tensor dfeaturizer_KC, dfeaturizer_BKC;
+  out.skip = parameter_gradient({in.width}, in.skip_is_T);
+  Tensor dfeaturizer;  // as the kernel gives it
   if (args.gated()) {
     out.featurizer_state = at::empty(featurizer_state_shape, args.options());
-    dfeaturizer_KC = parameter_gradient({3, 3 * in.width});
-    dfeaturizer_BKC = at::empty({in.batch, 3, 3 * in.width}, args.compute_options());
-    out.featurizer = dfeaturizer_KC.t();
+    const std::vector<int64_t> shape{3 * in.width, 3}, tap_major{3, 3 * in.width};
+    dfeaturizer = parameter_gradient(args.native ? shape : tap_major, in.featurizer_is_T);
+    out.featurizer = args.native ? dfeaturizer : dfeaturizer.t();
   }
   if (args.u.is_meta() || in.batch == 0) return out;
 
-  const Tensor dy_BLD = channels_contiguous(dy);
+  Tensor dy_BLD = channels_contiguous(dy);
+  if (args.native && !kernels::modal_tensor_rows_fit(dy_BLD.const_data_ptr(), in.batch,
+                                                     dy_BLD.stride(0), dy_BLD.stride(1))) {
+    dy_BLD = aligned(dy_BLD.clone(at::MemoryFormat::Contiguous));
+  }
   const Tensor dstate_BDN = given(dstate) ? dstate->contiguous() : Tensor();
-  const Tensor saved_BKDN = given(saved) && saved->numel() > 0 ? saved->contiguous() : Tensor();
+  const Tensor saved_BKDN = given(saved) && saved->numel() > 0 ? aligned(*saved) : Tensor();
   const Tensor dfeaturizer_state_out =
-      given(dfeaturizer_state) ? dfeaturizer_state->contiguous() : Tensor();
-  const Tensor dlog_poles_BND = at::empty({in.batch, in.modes, in.width}, args.compute_options());
-  const Tensor dresidues_BND = at::empty_like(dlog_poles_BND);
-  const Tensor dskip_BD = at::empty({in.batch, in.width}, args.compute_options());
+      given(dfeaturizer_state) ? aligned(*dfeaturizer_state) : Tensor();
+  Tensor dlog_poles_BND, dresidues_BND, dskip_BD, dfeaturizer_BKC;
+  if (!args.native) {
+    dlog_poles_BND = at::empty({in.batch, in.modes, in.width}, args.compute_options());
+    dresidues_BND = at::empty_like(dlog_poles_BND);
+    dskip_BD = at::empty({in.batch, in.width}, args.compute_options());
+    if (args.gated()) {
+      dfeaturizer_BKC = at::empty({in.batch, 3, 3 * in.width}, args.compute_options());
+    }
+  }
   kernels::ModalBwdParams params;
   params.in = in;
   params.dy = dy_BLD.const_data_ptr();
@@ -261,9 +286,12 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
   if (saved_BKDN.defined()) params.saved = saved_BKDN.const_data_ptr();
   params.du = out.u.mutable_data_ptr();
   params.dstate = out.state.mutable_data_ptr();
-  params.dlog_poles_BND = dlog_poles_BND.mutable_data_ptr();
-  params.dresidues_BND = dresidues_BND.mutable_data_ptr();
-  params.dskip_BD = dskip_BD.mutable_data_ptr();
+  if (!args.native) {
+    params.dlog_poles_BND = dlog_poles_BND.mutable_data_ptr();
+    params.dresidues_BND = dresidues_BND.mutable_data_ptr();
+    params.dskip_BD = dskip_BD.mutable_data_ptr();
+    if (args.gated()) params.dfeaturizer_BKC = dfeaturizer_BKC.mutable_data_ptr();
+  }
   params.dlog_poles = out.log_poles.mutable_data_ptr();
   params.dresidues = out.residues.mutable_data_ptr();
   params.dskip = out.skip.mutable_data_ptr();
@@ -272,8 +300,7 @@ Gradients backward(const Arguments& args, const Tensor& dy, const OptionalTensor
       params.dfeaturizer_state_out = dfeaturizer_state_out.const_data_ptr();
     }
     params.dfeaturizer_state = out.featurizer_state.mutable_data_ptr();
-    params.dfeaturizer_BKC = dfeaturizer_BKC.mutable_data_ptr();
-    params.dfeaturizer = dfeaturizer_KC.mutable_data_ptr();
+    params.dfeaturizer = dfeaturizer.mutable_data_ptr();
   }
   launch(
       args.u, args.op, kernels::modal_items_cpu(in, args.dtype), args.work(),
@@ -325,8 +352,8 @@ Tensor like(const Tensor& gradient, const OptionalTensor& parameter) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> modal_bwd_impl(
     const Tensor& dy, const OptionalTensor& dstate, const Tensor& u, const Tensor& log_poles,
     const Tensor& residues, const OptionalTensor& skip, const OptionalTensor& state) {
-  const Arguments args("modal_bwd", kernels::modal_bwd_is_native, u, Tensor(), log_poles, residues,
-                       skip, std::nullopt, state);
+  const Arguments args("modal_bwd", never_native, u, Tensor(), log_poles, residues, skip,
+                       std::nullopt, state);
   const Gradients g = backward(args, dy, std::nullopt, dstate);
   return {g.u, like(g.log_poles, log_poles), like(g.residues, residues), like(g.skip, skip),
           g.state};
@@ -337,8 +364,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hyena_modal_b
     const Tensor& z, const Tensor& featurizer, const Tensor& log_poles, const Tensor& residues,
     const OptionalTensor& skip, const OptionalTensor& featurizer_state,
     const OptionalTensor& inner_state, const OptionalTensor& saved) {
-  const Arguments args("hyena_modal_bwd", kernels::modal_bwd_is_native, z, featurizer, log_poles,
-                       residues, skip, featurizer_state, inner_state);
+  const bool is_saved = given(saved) && saved->numel() > 0;
+  const Arguments args("hyena_modal_bwd", is_saved ? bwd_is_native : never_native, z, featurizer,
+                       log_poles, residues, skip, featurizer_state, inner_state);
   const Gradients g = backward(args, dy, dfeaturizer_state, dinner_state, saved);
   return {g.u,
           like(g.featurizer, featurizer).contiguous(),

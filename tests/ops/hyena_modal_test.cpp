@@ -731,14 +731,12 @@ TEST(HyenaModal, CudaMatchesTheCpuInDouble) {
 TEST(HyenaModal, TensorBackwardPlan) {
   alignas(16) static char memory[16];
   const auto plan = [](int64_t batch, int64_t length, int64_t width, int64_t shared = 227 << 10) {
-    kernels::ModalBwdParams p;
-    p.in = {.batch = batch, .length = length, .width = width, .groups = width, .modes = 16};
-    p.in.u = p.in.featurizer = p.in.featurizer_state = p.dy = p.saved = memory;
-    p.in.u_time_stride = 3 * width;
-    p.in.u_batch_stride = length * 3 * width;
-    p.dy_time_stride = width;
-    p.dy_batch_stride = length * width;
-    return kernels::modal_tensor_bwd_plan(p, kernels::DType::kBFloat16, 100 << 10, shared);
+    kernels::ModalInputs in{
+        .batch = batch, .length = length, .width = width, .groups = width, .modes = 16};
+    in.u = in.featurizer = memory;
+    in.u_time_stride = 3 * width;
+    in.u_batch_stride = length * 3 * width;
+    return kernels::modal_tensor_bwd_plan(in, kernels::DType::kBFloat16, 100 << 10, shared);
   };
   EXPECT_EQ(plan(1, 8192, 4096).chunks, 1);
   EXPECT_EQ(plan(1, 1 << 20, 1024).chunks, 4);  // 32 columns on 132 multiprocessors
@@ -781,6 +779,47 @@ TEST(HyenaModal, CudaTensorBackwardMatchesTheCpuInDouble) {
     expect_close(got, want, kTensorTolerance, shape);
     EXPECT_LE(relative_rms(got[3], want[3]), 5e-3) << "dz of " << shape;
     expect_bit_equal(run(fused, p, at::kBFloat16, at::kCUDA), got, shape);
+  }
+}
+
+TEST(HyenaModal, CudaTensorBackwardTakesParametersOfEitherTypeAndAnyStrides) {
+  SKIP_WITHOUT_CUDA();
+  for (const Shape& shape : {Shape{1, 300, 64, 64, 16, true, false}, Shape{2, 300, 64, 8, 16}}) {
+    const Problem p(shape);
+    const auto gradients = [&](at::ScalarType parameters, bool odd) {
+      // Without its first element a buffer begins at an odd address.
+      const auto on = [&](const Tensor& t, at::ScalarType type) {
+        if (!t.defined()) return t;
+        Tensor flat = t.to(at::kCUDA, type).flatten();
+        if (odd) flat = at::cat({flat.narrow(0, 0, 1), flat}).narrow(0, 1, t.numel());
+        return flat.view(t.sizes()).detach().requires_grad_(true);
+      };
+      const std::vector<Tensor> leaves{on(p.z, at::kBFloat16), on(p.featurizer, parameters),
+                                       on(p.log_poles, at::kFloat), on(p.residues, at::kFloat),
+                                       on(p.skip, parameters)};
+      std::optional<HyenaState> state;
+      if (shape.state) {
+        state = HyenaState{on(p.featurizer_state, at::kBFloat16), on(p.inner_state, at::kFloat)};
+      }
+      // z alone stays aligned: without that another kernel takes it.
+      const Tensor z = odd ? leaves[0].clone() : leaves[0];
+      const auto [y, after] =
+          ops::hyena_modal(z, leaves[1], leaves[2], leaves[3], leaves[4], state);
+      const auto grads = torch::autograd::grad(
+          {y, after.featurizer}, leaves,
+          {on(p.dy, at::kBFloat16).detach(), on(p.dfeaturizer_state, at::kBFloat16).detach()});
+      EXPECT_EQ(ops::last_kernel(), "tensor");
+      return grads;
+    };
+    const auto want = gradients(at::kFloat, false);
+    for (const bool odd : {false, true}) {
+      const auto got = gradients(at::kBFloat16, odd);
+      for (size_t i = 0; i < want.size(); ++i) {
+        EXPECT_TRUE(bit_equal(got[i], want[i].to(got[i].scalar_type()))) << i << " of " << shape;
+      }
+      EXPECT_EQ(got[1].scalar_type(), at::kBFloat16);
+      EXPECT_EQ(got[4].scalar_type(), at::kBFloat16);
+    }
   }
 }
 

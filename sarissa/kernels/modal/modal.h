@@ -57,7 +57,7 @@ struct ModalBwdParams {
   int64_t dy_time_stride = 0;
   const void* dfeaturizer_state_out = nullptr;  // [B, 2, 3D] element type; null: zeros
   const void* dstate_out = nullptr;             // [B, D, N] compute type; null: zeros
-  const void* saved = nullptr;                  // what the forward saved, or null
+  const void* saved = nullptr;                  // what the forward saved, or null; native: given
 
   void* du = nullptr;                 // [B, L, D], gated: [B, L, 3D]; element type
   void* dfeaturizer_state = nullptr;  // [B, 2, 3D] element type; gated only
@@ -68,10 +68,11 @@ struct ModalBwdParams {
   void* dskip_BD = nullptr;         // [B, D]
   void* dfeaturizer_BKC = nullptr;  // [B, 3, 3D], tap-major; gated only
   // Their sums in index order, compute type; written by modal_sum_*.
+  // Native kernels need only these, and write those of skip and featurizer in their types.
   void* dlog_poles = nullptr;   // [G, N]
   void* dresidues = nullptr;    // [G, N]
   void* dskip = nullptr;        // [D]
-  void* dfeaturizer = nullptr;  // [3, 3D], tap-major; gated only
+  void* dfeaturizer = nullptr;  // [3, 3D], tap-major, native: [3D, 3]; gated only
   /// As in ModalFwdParams, from modal_bwd_workspace_*.
   void* workspace = nullptr;
 };
@@ -91,6 +92,9 @@ Status modal_sum_cpu(const ModalBwdParams& params, DType dtype);
 /// Whether the kernel that takes the problem on the current GPU is native: it reads the featurizer,
 /// its state and the skip as the operator has them.
 bool modal_fwd_is_native_cuda(const ModalInputs& in, DType dtype);
+/// Likewise for a backward with what the forward saved; dy, the states of the featurizer and their
+/// gradients then begin at multiples of 16 bytes, and so do the rows of dy.
+bool modal_bwd_is_native_cuda(const ModalInputs& in, DType dtype);
 int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype);
 /// `params` with everything but the workspace.
 int64_t modal_bwd_workspace_cuda(const ModalBwdParams& params, DType dtype);

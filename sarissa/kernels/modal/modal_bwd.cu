@@ -286,18 +286,26 @@ int64_t workspace_bytes(const ModalInputs& in) {
 
 }  // namespace
 
+bool modal_bwd_is_native_cuda(const ModalInputs& in, DType dtype) {
+  return static_cast<bool>(modal_tensor_bwd_plan(in, dtype));
+}
+
 int64_t modal_bwd_workspace_cuda(const ModalBwdParams& params, DType dtype) {
   const ModalInputs& in = params.in;
-  if (const ModalTensorBwd plan = modal_tensor_bwd_plan(params, dtype)) {
-    return ModalTensorBwdWorkspace(in, plan).total() * static_cast<int64_t>(sizeof(float));
+  if (params.saved != nullptr) {
+    if (const ModalTensorBwd plan = modal_tensor_bwd_plan(in, dtype)) {
+      return ModalTensorBwdWorkspace(in, plan).total() * static_cast<int64_t>(sizeof(float));
+    }
   }
   return dtype == DType::kFloat64 ? workspace_bytes<double>(in) : workspace_bytes<float>(in);
 }
 
 Status modal_bwd_cuda(const ModalBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (const ModalTensorBwd plan = modal_tensor_bwd_plan(params, dtype)) {
-    return modal_tensor_bwd(params, plan, stream);
+  if (params.saved != nullptr) {
+    if (const ModalTensorBwd plan = modal_tensor_bwd_plan(params.in, dtype)) {
+      return modal_tensor_bwd(params, plan, stream);
+    }
   }
   switch (dtype) {
     case DType::kFloat64:

@@ -72,7 +72,4 @@ inline ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype,
   return {static_cast<int>(columns), static_cast<int>(std::max<int64_t>(1, ranks))};
 }
 
-/// Whether the backward that takes the problem on a GPU is native (see modal.h).
-inline bool modal_bwd_is_native(const ModalInputs&, DType) { return false; }
-
 }  // namespace sarissa::kernels

@@ -44,8 +44,8 @@ struct Buffers {
   float* arriving;  // [B, chunks - 1, D, kModes]: what chunk c + 1 sends to c, from zero
   // Partial sums, per part of the problem (batch entry and chunk) and channel.
   float *dlog_poles, *dresidues;  // [parts, D, N]
-  float* dskip;                   // [parts, D]
-  float* dfeaturizer;             // [parts, 3, 3D], tap-major
+  Parameters dskip;               // [parts, D]
+  Parameters dfeaturizer;         // [parts, 3D, 3]
 };
 
 /// Barrier of a team; with `all`, of all teams of the CTA.
@@ -122,8 +122,9 @@ struct BackwardMarch {
                                             (t0 + before) * in.u_time_stride
                                       : static_cast<const Bf16*>(in.featurizer_state) +
                                             (int64_t{batch} * 2 + before + 2) * 3 * in.width;
+      const bool good = inside || in.featurizer_state != nullptr;
       copy_async<16>(stage.rows[third].bytes + Rows::offset(before) + 16 * part,
-                     from + third * in.width + column, true);
+                     good ? from + third * in.width + column : in.u, good);
     } else if (!kArriving && thread >= 64 && thread < 64 + kChannels * kModes / 4) {
       const int64_t entries = ceil_div<int64_t>(in.length, kModalSavedSteps);
       const int64_t entry = int64_t{tile} * (kTile / kModalSavedSteps);
@@ -160,8 +161,8 @@ struct BackwardMarch {
     if (thread < 9 * kChannels) {
       const int third = thread / (3 * kChannels), k = thread / kChannels % 3;
       const int c = thread % kChannels;
-      shared.taps[third][k][c] =
-          static_cast<const float*>(in.featurizer)[(k * 3 + third) * in.width + channel0 + c];
+      shared.taps[third][k][c] = modal_parameter(in.featurizer, in.featurizer_is_T,
+                                                 (third * in.width + channel0 + c) * 3 + k);
     }
     if (thread < 6 * kChannels) {
       const int third = thread / (2 * kChannels), i = thread / kChannels % 2;
@@ -169,7 +170,7 @@ struct BackwardMarch {
     }
     const int tap = n;
     float h = tap == 0 && in.skip != nullptr
-                  ? static_cast<const float*>(in.skip)[channel0 + channel]
+                  ? modal_parameter(in.skip, in.skip_is_T, channel0 + channel)
                   : 0.0f;
 #pragma unroll 4
     for (int m = 0; m < kModes; ++m) {
@@ -354,70 +355,72 @@ struct BackwardMarch {
       }
       scan_left(constant(kDecay, m), constant(kRest, m), sums, adjoint[q][m], adjoints[m]);
     }
-    if (kArriving) return;
-
+    if constexpr (!kArriving) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // the table of F in place of that of E
-      const float weight = 7.5f - static_cast<float>(2 * quad + i / 2 * 8);
-      const uint32_t weights = pack_pair(weight, weight - 1.0f);
-      high[i] = fma_pairs(weights, high[i], fma_pairs(weights, low[i], 0));
-    }
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) mma(tiles[j], high, x[j][2 * side], x[j][2 * side + 1], kZero);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float decay_16 = 16.0f * constant(kDecay, m), scale = constant(kScale, m);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float f = tiles[k / 2][2 * m + k % 2];
-          if (side == kU) {
-            const float slope = fmaf(decay_16, states[m][k], f);
-            pole_sum[q][m] = fmaf(adjoints[m][k], slope, pole_sum[q][m]);
-            states[m][k] *= scale;
-          } else {
-            pole_sum[q][m] = fmaf(states[m][k], f, pole_sum[q][m]);
-          }
-        }
+      for (int i = 0; i < 4; ++i) {  // the table of F in place of that of E
+        const float weight = 7.5f - static_cast<float>(2 * quad + i / 2 * 8);
+        const uint32_t weights = pack_pair(weight, weight - 1.0f);
+        high[i] = fma_pairs(weights, high[i], fma_pairs(weights, low[i], 0));
       }
-    }
-
-    load_matrices_transposed(high, shared.powers[channel][0] + at.powers);
-    // An element of the filter's fragments has two taps, from tap `last` or last - 8 on.
-    const int last = 15 - r - 2 * quad;
-    const uint32_t* const h = shared.first_taps[channel];
-    const uint32_t near = h[last] | h[last - 1] << 16;
-    const uint32_t far = (last >= 8 ? h[last - 8] : 0) | (last >= 9 ? h[last - 9] : 0) << 16;
-    uint32_t results[2][4];  // as x
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const float(&entering)[2][4] = side == kU ? states : adjoints;
-      float y[2][4];
+      for (int side = 0; side < 2; ++side) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        mma(y[j], near, far, far, 0, x[j][2 * side], x[j][2 * side + 1], kZero);
-        const uint32_t e0 = transpose_matrix(pack_pair(entering[0][2 * j], entering[0][2 * j + 1]));
-        const uint32_t e1 = transpose_matrix(pack_pair(entering[1][2 * j], entering[1][2 * j + 1]));
-        mma(y[j], high, e0, e1, y[j]);
-        if (kEnds && side == kDq && is_last(tile)) {
-          const End end(p.in.length, tile);
-          const int k = end.block % 4;
-          if (end.block / 4 == quad && k / 2 == j) {
+        for (int j = 0; j < 2; ++j) mma(tiles[j], high, x[j][2 * side], x[j][2 * side + 1], kZero);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (i % 2 == k % 2) y[j][i] += last_state_du(channel, r + i / 2 * 8, end.steps);
+        for (int m = 0; m < 2; ++m) {
+          const float decay_16 = 16.0f * constant(kDecay, m), scale = constant(kScale, m);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const float f = tiles[k / 2][2 * m + k % 2];
+            if (side == kU) {
+              const float slope = fmaf(decay_16, states[m][k], f);
+              pole_sum[q][m] = fmaf(adjoints[m][k], slope, pole_sum[q][m]);
+              states[m][k] *= scale;
+            } else {
+              pole_sum[q][m] = fmaf(states[m][k], f, pole_sum[q][m]);
             }
           }
         }
-        results[j][2 * side] = pack_pair(y[j][0], y[j][1]);
-        results[j][2 * side + 1] = pack_pair(y[j][2], y[j][3]);
       }
-    }
+
+      load_matrices_transposed(high, shared.powers[channel][0] + at.powers);
+      // An element of the filter's fragments has two taps, from tap `last` or last - 8 on.
+      const int last = 15 - r - 2 * quad;
+      const uint32_t* const h = shared.first_taps[channel];
+      const uint32_t near = h[last] | h[last - 1] << 16;
+      const uint32_t far = (last >= 8 ? h[last - 8] : 0) | (last >= 9 ? h[last - 9] : 0) << 16;
+      uint32_t results[2][4];  // as x
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      store_matrices_transposed(column + (at.steps ^ j * Pointers::kOtherBlocks), results[j][0],
-                                results[j][1], results[j][2], results[j][3]);
+      for (int side = 0; side < 2; ++side) {
+        const float(&entering)[2][4] = side == kU ? states : adjoints;
+        float y[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          mma(y[j], near, far, far, 0, x[j][2 * side], x[j][2 * side + 1], kZero);
+          const uint32_t e0 =
+              transpose_matrix(pack_pair(entering[0][2 * j], entering[0][2 * j + 1]));
+          const uint32_t e1 =
+              transpose_matrix(pack_pair(entering[1][2 * j], entering[1][2 * j + 1]));
+          mma(y[j], high, e0, e1, y[j]);
+          if (kEnds && side == kDq && is_last(tile)) {
+            const End end(p.in.length, tile);
+            const int k = end.block % 4;
+            if (end.block / 4 == quad && k / 2 == j) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                if (i % 2 == k % 2) y[j][i] += last_state_du(channel, r + i / 2 * 8, end.steps);
+              }
+            }
+          }
+          results[j][2 * side] = pack_pair(y[j][0], y[j][1]);
+          results[j][2 * side + 1] = pack_pair(y[j][2], y[j][3]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        store_matrices_transposed(column + (at.steps ^ j * Pointers::kOtherBlocks), results[j][0],
+                                  results[j][1], results[j][2], results[j][3]);
+      }
     }
   }
 
@@ -652,7 +655,8 @@ struct BackwardMarch {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kTeamWarps; ++w) sum += sums[w][third * 3 + k][c];
-      buffers.dfeaturizer[((part_of_sums() * 3 + k) * 3 + third) * in.width + channel0 + c] = sum;
+      buffers.dfeaturizer.store(((part_of_sums() * 3 + third) * in.width + channel0 + c) * 3 + k,
+                                sum);
     }
     if (chunk == 0 && thread < 6 * kChannels) {
       const int third = thread / (2 * kChannels), r = thread / kChannels % 2;
@@ -727,7 +731,7 @@ struct BackwardMarch {
         static_cast<float*>(p.dstate)[(batch * in.width + at) * in.modes + n] = h;
       }
     }
-    if (lane == 0) buffers.dskip[part] = lag;
+    if (lane == 0) buffers.dskip.store(part, lag);
     __syncwarp();
   }
 };
@@ -742,6 +746,13 @@ __global__ void __launch_bounds__(kTeams* kTeamThreads, 1)
 }
 
 constexpr int kSumThreads = 256;
+
+__host__ __device__ inline Parameters skip_gradient(const ModalBwdParams& p) {
+  return {p.dskip, p.in.skip_is_T};
+}
+__host__ __device__ inline Parameters featurizer_gradient(const ModalBwdParams& p) {
+  return {p.dfeaturizer, p.in.featurizer_is_T};
+}
 
 /// Sums of `count` channels of each of `parts` parts, in an order that depends on sizes alone, by a
 /// warp: from[((part D + first channel + c) K + k)].
@@ -773,11 +784,12 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t i = thread - 2 * modes * 32;
   if (i >= 10 * in.width) return;
   const bool skip = i < in.width;
-  const float* const from = skip ? buffers.dskip : buffers.dfeaturizer;
+  const auto* const from =
+      static_cast<const float*>(skip ? buffers.dskip.data : buffers.dfeaturizer.data);
   const int64_t columns = skip ? in.width : 9 * in.width, column = skip ? i : i - in.width;
   float sum = 0.0f;
   for (int64_t part = 0; part < parts; ++part) sum += from[part * columns + column];
-  static_cast<float*>(skip ? p.dskip : p.dfeaturizer)[column] = sum;
+  (skip ? skip_gradient(p) : featurizer_gradient(p)).store(column, sum);
 }
 
 /// Whether the partial sums of the only part are the gradients.
@@ -788,30 +800,34 @@ bool is_direct(const ModalInputs& in, const ModalTensorBwd& plan) {
 }  // namespace
 }  // namespace modal_bwd
 
-ModalTensorBwd modal_tensor_bwd_plan(const ModalBwdParams& p, DType dtype) {
+ModalTensorBwd modal_tensor_bwd_plan(const ModalInputs& in, DType dtype) {
   int device = 0, shared = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return modal_tensor_bwd_plan(p, dtype, sizeof(modal_bwd::TeamShared), shared);
+  return modal_tensor_bwd_plan(in, dtype, sizeof(modal_bwd::TeamShared), shared);
 }
 
 Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, void* stream) {
   using namespace modal_bwd;
   const auto s = static_cast<cudaStream_t>(stream);
   const ModalInputs& in = p.in;
+  if (!modal_tensor_rows_fit(p.dy, in.batch, p.dy_batch_stride, p.dy_time_stride)) {
+    return {"rows of dy are not aligned to 16 bytes"};
+  }
   const ModalTensorBwdWorkspace sizes(in, plan);
   Buffers buffers{};
   buffers.arriving = static_cast<float*>(p.workspace);
   if (is_direct(in, plan)) {
     buffers.dlog_poles = static_cast<float*>(p.dlog_poles);
     buffers.dresidues = static_cast<float*>(p.dresidues);
-    buffers.dskip = static_cast<float*>(p.dskip);
-    buffers.dfeaturizer = static_cast<float*>(p.dfeaturizer);
+    buffers.dskip = skip_gradient(p);
+    buffers.dfeaturizer = featurizer_gradient(p);
   } else {
     buffers.dlog_poles = buffers.arriving + sizes.arriving;
     buffers.dresidues = buffers.dlog_poles + sizes.poles;
-    buffers.dskip = buffers.dresidues + sizes.poles;
-    buffers.dfeaturizer = buffers.dskip + sizes.skip;
+    float* const dskip = buffers.dresidues + sizes.poles;
+    buffers.dskip = {dskip, false};
+    buffers.dfeaturizer = {dskip + sizes.skip, false};
   }
   const size_t shared = plan.teams * sizeof(TeamShared);
   const dim3 grid(static_cast<unsigned>(in.width / (plan.teams * kChannels)),

@@ -71,6 +71,20 @@ struct TeamShared {
   float edges[2][3][2][kChannels];
 };
 
+/// Gradients of parameters, bfloat16 or float.
+struct Parameters {
+  void* data;
+  bool is_bf16;
+
+  __device__ void store(int64_t at, float x) const {
+    if (is_bf16) {
+      kernels::store(static_cast<Bf16*>(data) + at, x);
+    } else {
+      static_cast<float*>(data)[at] = x;
+    }
+  }
+};
+
 /// One predicated instruction: around a plain `if` the compiler may put a branch.
 __device__ inline void store_word(void* to, uint32_t word, bool good) {
   asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(to),

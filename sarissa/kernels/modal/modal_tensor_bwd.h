@@ -40,24 +40,24 @@ inline int modal_bwd_chunks(int64_t ctas, int64_t tiles) {
   return static_cast<int>(best);
 }
 
-/// Needs what the forward saved. `team_bytes`: shared memory of a team; `shared_bytes`: what a CTA
-/// can have.
-inline ModalTensorBwd modal_tensor_bwd_plan(const ModalBwdParams& p, DType dtype,
-                                            int64_t team_bytes, int64_t shared_bytes) {
-  constexpr int64_t kMostLength = int64_t{1} << 28, kMostStride = int64_t{1} << 23;
-  const ModalInputs& in = p.in;
-  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
-  const auto rows_fit = [&](const void* rows, int64_t batch_stride, int64_t time_stride) {
-    return aligned(rows) && (in.batch == 1 || batch_stride % 8 == 0) && time_stride % 8 == 0 &&
-           time_stride >= 0 && time_stride <= kMostStride;
-  };
+/// Whether the kernel can copy rows of z or dy, in units of 16 bytes.
+inline bool modal_tensor_rows_fit(const void* rows, int64_t batch, int64_t batch_stride,
+                                  int64_t time_stride) {
+  constexpr int64_t kMost = int64_t{1} << 23;
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && (batch == 1 || batch_stride % 8 == 0) &&
+         time_stride % 8 == 0 && time_stride >= 0 && time_stride <= kMost;
+}
+
+/// Native (modal.h), and needs what the forward saved; dy must fit as z does. `team_bytes`: shared
+/// memory of a team; `shared_bytes`: what a CTA can have.
+inline ModalTensorBwd modal_tensor_bwd_plan(const ModalInputs& in, DType dtype, int64_t team_bytes,
+                                            int64_t shared_bytes) {
+  constexpr int64_t kMostLength = int64_t{1} << 28, kMostWidth = int64_t{1} << 23;
   ModalTensorBwd plan;
-  if (!in.gated() || dtype != DType::kBFloat16 || p.saved == nullptr || in.length < 1 ||
-      in.length > kMostLength || in.modes > kModalTensorModes ||
-      in.width % kModalTensorChannels != 0 || in.width > kMostStride || in.batch > 65535 ||
-      !rows_fit(in.u, in.u_batch_stride, in.u_time_stride) ||
-      !rows_fit(p.dy, p.dy_batch_stride, p.dy_time_stride) || !aligned(p.saved) ||
-      !aligned(in.featurizer_state) || !aligned(p.dfeaturizer_state_out) ||
+  if (!in.gated() || dtype != DType::kBFloat16 || in.length < 1 || in.length > kMostLength ||
+      in.modes > kModalTensorModes || in.width % kModalTensorChannels != 0 ||
+      in.width > kMostWidth || in.batch < 1 || in.batch > 65535 ||
+      !modal_tensor_rows_fit(in.u, in.batch, in.u_batch_stride, in.u_time_stride) ||
       team_bytes > shared_bytes) {
     return plan;
   }
@@ -86,7 +86,7 @@ struct ModalTensorBwdWorkspace {
 };
 
 /// The plan on the current GPU.
-ModalTensorBwd modal_tensor_bwd_plan(const ModalBwdParams& p, DType dtype);
+ModalTensorBwd modal_tensor_bwd_plan(const ModalInputs& in, DType dtype);
 /// `stream` is a cudaStream_t.
 Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, void* stream);
 
