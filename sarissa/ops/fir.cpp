@@ -142,6 +142,8 @@ struct Inputs {
     p.x_stride_b = x.stride(0);
     p.x_stride_l = x.stride(1);
     p.featurizer = data(a.featurizer);
+    if (given(a.featurizer_state)) p.featurizer_state = data(*a.featurizer_state);
+    if (given(a.state)) p.state = data(*a.state);
     native = !x.is_cpu() && takes_natively(p, dtype);
 
     const at::ScalarType type = accumulation_type(a.x);
@@ -264,15 +266,15 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     p.dy = data(dy_rows);
     p.dy_stride_b = dy_rows.stride(0);
     p.dy_stride_l = dy_rows.stride(1);
-    const c10::DeviceGuard guard(a.x.device());
-    Inputs inputs(a, dtype, p, [](const kernels::FirBwdParams& params, DType dtype) {
-      return cuda_kernels().fir_bwd_is_native(params, dtype);
-    });
     Tensor d_featurizer_state_out, d_state_out;
     if (given(d_featurizer_state)) d_featurizer_state_out = d_featurizer_state->contiguous();
     if (given(d_state)) d_state_out = contiguous_as(*d_state, accumulation_type(a.x));
     p.d_featurizer_state_out = data(d_featurizer_state_out);
     p.d_state_out = data(d_state_out);
+    const c10::DeviceGuard guard(a.x.device());
+    Inputs inputs(a, dtype, p, [](const kernels::FirBwdParams& params, DType dtype) {
+      return cuda_kernels().fir_bwd_is_native(params, dtype);
+    });
     p.dx = mutable_data(g.x);
     // Native kernels make the parameters' gradients as the operator has them and need not make
     // that of the featurizer's state. The others use the arithmetic type, take the featurizer

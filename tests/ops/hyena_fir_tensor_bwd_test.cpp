@@ -49,7 +49,7 @@ FirTensorBwd plan_of(const Shape& s, int64_t shared = kH100) {
   return fir_tensor_bwd_plan(plan_problem(s), DType::kBFloat16, shared);
 }
 
-TEST(HyenaFirTensorBwdPlan, TakesUpTo129TapsInGroupsOfSixteenChannels) {
+TEST(HyenaFirTensorBwdPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   EXPECT_STREQ(plan_of({2, 99, 4096, 256, 15}).name, "tensor_w33");
   EXPECT_STREQ(plan_of({2, 99, 4096, 256, 33}).name, "tensor_w33");
   EXPECT_STREQ(plan_of({2, 99, 4096, 256, 34}).name, "tensor_w65");
@@ -60,10 +60,21 @@ TEST(HyenaFirTensorBwdPlan, TakesUpTo129TapsInGroupsOfSixteenChannels) {
   EXPECT_FALSE(plan_of({2, 99, 64, 1, 129}, kSmall));
   EXPECT_TRUE(plan_of({2, 99, 64, 1, 65}, kSmall));
   EXPECT_FALSE(plan_of({2, 99, 4096, 256, 14}));
-  EXPECT_FALSE(plan_of({2, 99, 4096, 256, 130}));
+  EXPECT_FALSE(plan_of({2, 99, 4096, 256, 1025}));
   EXPECT_FALSE(plan_of({2, 1, 4096, 256, 128}));
   EXPECT_FALSE(plan_of({2, 99, 64, 8, 128}));
   EXPECT_FALSE(fir_tensor_bwd_plan(plan_problem({2, 99, 64, 4, 128}), DType::kFloat32, kH100));
+  // Beyond 129 taps in parts of 128, without states.
+  const FirTensorBwd longer = plan_of({2, 99, 4096, 256, 130});
+  EXPECT_STREQ(longer.name, "tensor_long");
+  EXPECT_EQ(longer.parts, 2);
+  EXPECT_EQ(plan_of({2, 99, 4096, 256, 1024}).parts, 8);
+  EXPECT_EQ(plan_of({2, 99, 4096, 256, 129}).parts, 1);
+  auto carried = plan_problem({2, 99, 64, 4, 130});
+  carried.d_state_out = carried.x;
+  EXPECT_FALSE(fir_tensor_bwd_plan(carried, DType::kBFloat16, kH100));
+  carried.num_taps = 129;
+  EXPECT_TRUE(fir_tensor_bwd_plan(carried, DType::kBFloat16, kH100));
   auto odd = plan_problem({2, 99, 64, 4, 128});
   odd.dy_stride_l += 4;
   EXPECT_FALSE(fir_tensor_bwd_plan(odd, DType::kBFloat16, kH100));
@@ -171,7 +182,28 @@ TEST(HyenaFirTensorBwdCuda, GradientsMatchTheCpuInDouble) {
   }
 }
 
-/// What no tensor core takes: more taps, narrow groups.
+/// More taps than a march takes, in parts.
+TEST(HyenaFirTensorBwdCuda, LongFiltersMatchTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& s : {Shape{1, 64, 64, 4, 130}, Shape{2, 150, 80, 5, 200},
+                         Shape{1, 700, 64, 2, 384}, Shape{1, 1500, 1024, 64, 1024}}) {
+    const Problem p(s);
+    for (const With with : {With::kNothing, With::kSkip}) {
+      const auto want = gradients(p, with, at::kDouble, at::kCPU, at::kDouble);
+      const auto got = gradients_on_gpu(p, with, at::kBFloat16);
+      ASSERT_EQ(ops::last_kernel(), "tensor_long") << s;
+      const auto again = gradients_on_gpu(p, with, at::kBFloat16);
+      for (size_t i = 0; i < got.size(); ++i) {
+        EXPECT_LE(relative_rms(got[i], want[i]), tolerance(s, at::kBFloat16))
+            << s << ": " << kNames[i];
+        EXPECT_TRUE(bit_equal(again[i], got[i])) << s << ": " << kNames[i];
+      }
+    }
+  }
+}
+
+/// What no tensor core takes: more taps with states, narrow groups.
 TEST(HyenaFirTensorBwdCuda, OtherShapesFallBack) {
   SKIP_WITHOUT_CUDA();
   for (const Shape& s : {Shape{1, 300, 64, 4, 200}, Shape{1, 300, 64, 4, 1024},

@@ -51,7 +51,7 @@ struct FirBwdParams : FirParams {
   void* d_taps;              // C [G, W]
   void* d_skip;              // C [D] or null
 
-  // Workspace in C.
+  // Workspace in C; fir_plan.h and fir_tensor_bwd_plan.h give the sizes and layouts.
   void* dq;                  // gradient of q
   void* dc;                  // gated: gradient of the featurizer's output (CPU: of its post third)
   void* taps_partial;        // d_taps per channel and time chunk; march: fir_march_workspace
@@ -80,7 +80,8 @@ Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream);
 Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream);
 
 /// Whether the kernel that takes a backward on the current device is native, and its workspace
-/// (fir_plan.h). Of the pointers they look at x and dy alone.
+/// (fir_plan.h). They look at the alignment of x and dy, and whether there are states and gradients
+/// of states that go out.
 struct FirWorkspace;
 bool fir_bwd_is_native_cuda(const FirBwdParams& params, DType dtype);
 FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& params, DType dtype);

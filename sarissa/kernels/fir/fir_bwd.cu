@@ -1,6 +1,6 @@
 // Backward of the FIR family for any shape. Sums over time are partial per chunk and added up in
-// order: no atomics, the same bits every run. Few gated taps go to the march, up to 129 in bfloat16
-// to the tensor cores.
+// order: no atomics, the same bits every run. Few gated taps go to the march, many in bfloat16 to
+// the tensor cores.
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
 #include "sarissa/kernels/fir/fir_tensor.cuh"

@@ -11,6 +11,10 @@
 // In gate and finish a lane has two neighbouring channels and eight steps, so both featurizers are
 // plain arithmetic in single precision. u, dq, q and du, which change hands between the lanes, are
 // rounded to bfloat16. The warps of a block only load rows for each other, one barrier per tile.
+//
+// More taps than one march can take come in parts of 128, a march for each. Those of the older taps
+// only filter, and add their q and du to sums in global memory; the march of the first part adds
+// these to its own. The part that starts at tap 32 s meets dq of tile n + s with u of tile n.
 #include "sarissa/kernels/fir/fir_tensor_bwd.cuh"
 
 #include "sarissa/kernels/common/tensor.cuh"
@@ -27,6 +31,9 @@ constexpr int kSegment = 8;               // steps of a lane in gate and finish
 constexpr int kWarps = kFirTensorBwdWarps, kThreads = 32 * kWarps;
 constexpr int kPairs = kFirBlockSide / 2;  // pairs of channels of a warp
 static_assert(kTile / kSegment * kPairs == 32);
+
+/// What a march has to do with: nothing else; states that come in or go out; more taps.
+enum class Mode { kPlain, kStates, kLong };
 
 /// Two channels.
 struct Two {
@@ -67,17 +74,28 @@ struct FirTensorBwdTraits {
 };
 
 /// A strip of `tiles` tiles that its block owns, and those beside it that its gradients reach.
+/// Tiles of z_post and dy are `shift` tiles later than those of z_pre and z_value that they meet.
 struct FirTensorStrip {
   int b, begin, tiles;
-  int last;  // the last tile with du and q: a strip's last two dz need dc of two steps more
-  int last_dq;
+  int shift;
+  int last;     // the last tile with du and q: a strip's last two dz need dc of two steps more
+  int last_dq;  // the last tile of dq
+  int first;    // the first tile of u, where the march ends
 
-  __device__ FirTensorStrip(const FirParams& p, const FirTensorBwd& plan, int delay)
-      : b(static_cast<int>(blockIdx.z)), begin(static_cast<int>(blockIdx.y) * plan.steps) {
+  __device__ FirTensorStrip(const FirParams& p, const FirTensorBwd& plan, int delay, int shift)
+      : b(static_cast<int>(blockIdx.z)),
+        begin(static_cast<int>(blockIdx.y) * plan.steps),
+        shift(shift),
+        first(-delay - shift) {
     const int left = static_cast<int>(p.length) - begin;
     tiles = ceil_div(min(plan.steps, left), kTile);
-    last = left <= plan.steps ? tiles - 1 : tiles;
-    last_dq = left <= plan.steps ? tiles - 1 : tiles + delay;
+    if (shift > 0) {  // no dz
+      last = tiles - 1 - shift;
+      last_dq = tiles - 1 + delay + shift;
+    } else {
+      last = left <= plan.steps ? tiles - 1 : tiles;
+      last_dq = left <= plan.steps ? tiles - 1 : tiles + delay;
+    }
   }
   __device__ bool owns(int tile) const { return tile >= 0 && tile < tiles; }
   /// Whether a tile lies before step 0, where states take the place of z.
@@ -87,9 +105,10 @@ struct FirTensorStrip {
 /// Copies rows for all warps of the block: warp w copies stream w (z_post, dy, z_pre, z_value),
 /// tile by tile back in time. z comes two steps earlier than the rest: row i of tile n is step 32 n
 /// + i - 2 of the strip.
-template <class Traits, bool kStates>
+template <class Traits, Mode kMode>
 struct FirTensorCopies {
   int tile;         // the next one
+  int first;        // the one that is copied last
   bool late;        // z_pre or z_value
   int slot = 0;     // of the next tile
   int step;         // of the sequence, of the lane's first row there
@@ -97,7 +116,7 @@ struct FirTensorCopies {
   const BF16* row;  // the lane's first row
   int64_t stride;
   uint32_t* to;       // in slot 0
-  const BF16* state;  // kStates: the rows of z before step 0
+  const BF16* state;  // Mode::kStates: the rows of z before step 0
   int64_t state_stride;
 
   __device__ FirTensorCopies(const FirBwdParams& p, const FirTensorStrip& strip,
@@ -109,6 +128,7 @@ struct FirTensorCopies {
     length = d < p.width ? static_cast<int>(p.length) : 0;
     late = stream >= 2;
     tile = late ? strip.last : strip.last_dq;
+    first = late ? strip.first : 0;
     to = (stream == 0   ? shared.post[0]
           : stream == 1 ? shared.dy[0]
           : stream == 2 ? shared.pre[0]
@@ -125,7 +145,7 @@ struct FirTensorCopies {
       step -= 2;
       stride = p.x_stride_l;
       row = static_cast<const BF16*>(p.x) + strip.b * p.x_stride_b + third * p.width + d;
-      if (kStates && p.featurizer_state != nullptr && length > 0) {
+      if (kMode == Mode::kStates && p.featurizer_state != nullptr && length > 0) {
         state = static_cast<const BF16*>(p.featurizer_state) + strip.b * 2 * state_stride +
                 third * p.width + d;
       }
@@ -135,10 +155,10 @@ struct FirTensorCopies {
 
   /// Starts the copies of the next tile, if it is `wanted` now and at all.
   __device__ void start(bool wanted) {
-    if (wanted && tile >= (late ? -Traits::kDelay : 0)) {
+    if (wanted && tile >= first) {
       uint32_t* const shared = to + slot * (kTile * kRowWords);
       const BF16* from = row;
-      const bool has_state = kStates && step == -2 && state != nullptr;
+      const bool has_state = kMode == Mode::kStates && step == -2 && state != nullptr;
 #pragma unroll
       for (int i = 0; i < kSegment; ++i) {
         if (has_state && i < 2) {
@@ -166,7 +186,7 @@ __device__ inline void store_word(void* p, uint32_t x, bool good) {
 }
 
 /// What a warp does: its registers and the passes over a tile.
-template <int kLags, bool kStates>
+template <int kLags, Mode kMode>
 struct FirTensorBackward {
   using Traits = FirTensorBwdTraits<kLags>;
   static constexpr int kDelay = Traits::kDelay;
@@ -174,7 +194,8 @@ struct FirTensorBackward {
   const FirBwdParams& p;
   const FirTensorStrip& strip;
   typename Traits::Warp& shared;
-  int length;  // steps beyond it are not stored; 0: none are
+  int length;               // steps beyond it are not stored; 0: none are
+  int first_tap, num_taps;  // of the part of the filter that the march takes
   int lane, segment;
   int row_word;  // gate, finish: of a row tile, where the lane's rows begin
   int d;         // gate, finish: the first of the lane's channels
@@ -192,7 +213,13 @@ struct FirTensorBackward {
 
   __device__ FirTensorBackward(const FirBwdParams& p, const FirTensorStrip& strip,
                                typename Traits::Warp& shared, int first_channel, bool active)
-      : p(p), strip(strip), shared(shared), length(active ? static_cast<int>(p.length) : 0) {
+      : p(p),
+        strip(strip),
+        shared(shared),
+        length(active ? static_cast<int>(p.length) : 0),
+        first_tap(strip.shift * kTile),
+        num_taps(static_cast<int>(p.num_taps) - first_tap) {
+    if (kMode == Mode::kLong) num_taps = min(num_taps, kFirTensorBwdPart);
     lane = static_cast<int>(threadIdx.x) % 32;
     segment = lane / kPairs;
     row_word = segment * kSegment * kRowWords +
@@ -215,8 +242,8 @@ struct FirTensorBackward {
     const int r = lane / 4, c = lane % 4 * 2;
     const int64_t group = first_channel / (p.width / p.groups);
     const auto tap = [&](int k) {
-      return k >= 0 && k < p.num_taps
-                 ? load_parameter<BF16>(p.taps, p.taps_is_T, group * p.num_taps + k)
+      return k >= 0 && k < num_taps
+                 ? load_parameter<BF16>(p.taps, p.taps_is_T, group * p.num_taps + first_tap + k)
                  : 0.0f;
     };
 #pragma unroll
@@ -225,7 +252,7 @@ struct FirTensorBackward {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      skip[half] = p.skip == nullptr
+      skip[half] = p.skip == nullptr || first_tap > 0
                        ? 0.0f
                        : load_parameter<BF16>(p.skip, p.skip_is_T, first_channel + r + 8 * half);
     }
@@ -237,7 +264,7 @@ struct FirTensorBackward {
       for (int row = 0; row < 2; ++row) {
         const int t = strip.begin + next * kTile + row - 2;
         z_right[i][row] = 0;
-        if (t < p.length) {
+        if (t >= 0 && t < p.length) {
           z_right[i][row] = *reinterpret_cast<const uint32_t*>(
               static_cast<const BF16*>(p.x) + strip.b * p.x_stride_b + t * p.x_stride_l +
               third * p.width + d);
@@ -466,7 +493,7 @@ struct FirTensorBackward {
         dz[j] = fmaf(f[0].at[j], all[i].at[j],
                      fmaf(f[1].at[j], all[i + 1].at[j], f[2].at[j] * all[i + 2].at[j]));
       }
-      if constexpr (kStates) add_d_featurizer_state_out(third, step + i, dz);
+      if constexpr (kMode == Mode::kStates) add_d_featurizer_state_out(third, step + i, dz);
       store_word(dx, pack_pair(dz[0], dz[1]), step + i < length);
       dx += N;
 #pragma unroll
@@ -489,8 +516,9 @@ struct FirTensorBackward {
     Two dc[kSegment];
 #pragma unroll
     for (int i = 0; i < kSegment; ++i) {
-      const Two q = unpack_two(q_tile[i * kLine + lane]),
-                dy = unpack_two(dy_tile[row_word + i * kRowWords]);
+      Two q = unpack_two(q_tile[i * kLine + lane]);
+      const Two dy = unpack_two(dy_tile[row_word + i * kRowWords]);
+      if constexpr (kMode == Mode::kLong) add_sum(p.u, step + i, q);
 #pragma unroll
       for (int j = 0; j < 2; ++j) dc[i].at[j] = q.at[j] * dy.at[j];
     }
@@ -498,6 +526,28 @@ struct FirTensorBackward {
     load_featurizer(kPost, f);
     finish(kPost, f, dc, z, owned, dx, step);
   }
+  /// What the other parts of the filter have summed in q or du, [B, L, D].
+  __device__ void add_sum(const void* sums, int step, Two& x) const {
+    if (step >= p.length) return;
+    const auto* from = static_cast<const float*>(sums) + (strip.b * p.length + step) * p.width + d;
+    const auto sum = load_vector<float, 2>(from);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) x.at[j] += sum[j];
+  }
+  /// Adds a tile of q or du to those sums, or begins them with it. `step` is the lane's first.
+  template <bool kBackwards>
+  __device__ void sum_up(void* sums, const BlockTile& tile, int step, bool begin) const {
+#pragma unroll
+    for (int i = 0; i < kSegment; ++i) {
+      Two x = unpack_two(kBackwards ? tile[(kSegment - 1 - i) * kLine + (lane ^ kPairs)]
+                                    : tile[i * kLine + lane]);
+      if (step + i >= length) continue;
+      if (!begin) add_sum(sums, step + i, x);
+      store_vector<float, 2>(
+          static_cast<float*>(sums) + (strip.b * p.length + step + i) * p.width + d, x.at);
+    }
+  }
+
   /// du of a tile and, with states, the gradient of those that go out.
   __device__ void load_du(const BlockTile& du_tile, int step, Two (&du)[kSegment]) const {
     const int rows = static_cast<int>(p.num_taps) - 1;
@@ -507,7 +557,9 @@ struct FirTensorBackward {
 #pragma unroll
     for (int i = 0; i < kSegment; ++i) {
       du[i] = unpack_two(du_tile[(kSegment - 1 - i) * kLine + (lane ^ kPairs)]);
-      if (kStates && p.d_state_out != nullptr && first + i >= 0 && first + i < rows) {
+      if constexpr (kMode == Mode::kLong) add_sum(p.dq, step + i, du[i]);
+      if (kMode == Mode::kStates && p.d_state_out != nullptr && first + i >= 0 &&
+          first + i < rows) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) du[i].at[j] += state[i * p.width + j];
       }
@@ -595,11 +647,15 @@ struct FirTensorBackward {
     }
   }
 
-  /// Writes the strip's partial sums; fir_tensor_bwd_plan.h has the layouts.
-  __device__ void store_partials(int64_t partial) {
+  /// Where the strip's partial gradients of skip and taps go; fir_tensor_bwd_plan.h has the layout.
+  __device__ float* taps_partial(int64_t partial) const {
+    return static_cast<float*>(p.taps_partial) +
+           partial * (p.width + p.width / kFirBlockSide * p.num_taps);
+  }
+  /// Stores the strip's partial gradients of featurizer and skip.
+  __device__ void store_partials(int64_t partial) const {
     auto* d_f = static_cast<float*>(p.featurizer_partial) + partial * 9 * p.width;
-    auto* d_h = static_cast<float*>(p.taps_partial) +
-                partial * (p.width + p.width / kFirBlockSide * p.num_taps);
+    float* d_h = taps_partial(partial);
     const auto over_segments = [](float x) {
       x += __shfl_xor_sync(~0u, x, 8);
       return x + __shfl_xor_sync(~0u, x, 16);
@@ -617,6 +673,9 @@ struct FirTensorBackward {
       const float sum = over_segments(d_skip.at[j]);
       if (segment == 0) d_h[d + j] = sum;
     }
+  }
+  /// Stores those of the taps. Overwrites the shared memory.
+  __device__ void store_taps_partial(int64_t partial) {
     // Lag 16 k + i - j of dq's step i in its block and u's step j: diagonals. dq runs backwards.
     constexpr int kSide = kFirBlockSide;
     auto& products = *reinterpret_cast<float(*)[kLags][kSide][kSide]>(&shared);
@@ -632,8 +691,8 @@ struct FirTensorBackward {
       }
     }
     __syncwarp();
-    const int block = d / kSide;
-    for (int tap = lane; tap < p.num_taps; tap += 32) {
+    float* d_h = taps_partial(partial) + p.width + int64_t{d / kSide} * p.num_taps + first_tap;
+    for (int tap = lane; tap < num_taps; tap += 32) {
       const int k = tap / kSide, lag = tap % kSide;
       float sum = 0;
       for (int j = 0; j < kSide; ++j) {
@@ -644,28 +703,28 @@ struct FirTensorBackward {
           sum += products[k + 1][i - kSide][j];
         }
       }
-      d_h[p.width + int64_t{block} * p.num_taps + tap] = sum;
+      d_h[tap] = sum;
     }
   }
 };
 
-template <int kLags, bool kStates>
+template <int kLags, Mode kMode>
 __global__ void __launch_bounds__(kThreads, 2)
     fir_tensor_bwd_kernel(const __grid_constant__ FirBwdParams p,
                           const __grid_constant__ FirTensorBwd plan) {
   using Traits = FirTensorBwdTraits<kLags>;
-  using March = FirTensorBackward<kLags, kStates>;
+  using March = FirTensorBackward<kLags, kMode>;
   constexpr int kDelay = Traits::kDelay;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
-  const FirTensorStrip strip(p, plan, kDelay);
+  const FirTensorStrip strip(p, plan, kDelay, 0);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int first_channel = (static_cast<int>(blockIdx.x) * kWarps + warp) * kFirBlockSide;
   const bool active = first_channel < p.width;  // else the warp works on zeros, and stores nothing
 
   // The tiles to the right take little time each: all their rows are asked for at once.
   const bool has_right = strip.last_dq > strip.last;
-  FirTensorCopies<Traits, kStates> copies(p, strip, shared);
+  FirTensorCopies<Traits, kMode> copies(p, strip, shared);
   copies.start(true);
   if (has_right) {
     for (int i = 1; i < Traits::kPostSlots; ++i) copies.start(!copies.late);
@@ -675,7 +734,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   int step = strip.begin + march.segment * kSegment + strip.last_dq * kTile;
   BF16* dx = static_cast<BF16*>(p.dx) + (strip.b * p.length + step) * N + march.d;
   int history = 0, post = 0;  // slots of tile n in the rings, which go down with n
-  for (int n = strip.last_dq; n >= -kDelay; --n) {
+  for (int n = strip.last_dq; n >= strip.first; --n) {
     if (n > strip.last) {
       copies_wait<Traits::kPostSlots - 1>();
     } else {
@@ -685,7 +744,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     copies.start(copies.tile >= n - 1);
     auto& w = march.shared;
     const int late = (strip.last - n) & 1, delayed = n + kDelay;
-    const bool before_start = kStates && strip.before_start(n);
+    const bool before_start = kMode == Mode::kStates && strip.before_start(n);
     Two u[kSegment];
     uint32_t beyond[2][2];
     if (before_start) {
@@ -700,7 +759,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     __syncwarp();
     const bool q = delayed <= strip.last;
-    const bool d_state = kStates && p.d_state != nullptr && strip.begin == 0;
+    const bool d_state = kMode == Mode::kStates && p.d_state != nullptr && strip.begin == 0;
     const bool du = n <= strip.last && (n >= 0 || d_state);
     if (q) march.filter_q(history, strip.owns(delayed));
     if (du) march.filter_du(history);
@@ -725,11 +784,69 @@ __global__ void __launch_bounds__(kThreads, 2)
     dx -= kTile * N;
     step -= kTile;
   }
-  if (kStates && strip.begin == 0 && p.d_featurizer_state != nullptr) {
+  if (kMode == Mode::kStates && strip.begin == 0 && p.d_featurizer_state != nullptr) {
     march.store_d_featurizer_state();
   }
   if (active) {
-    march.store_partials(int64_t{strip.b} * plan.strips + static_cast<int>(blockIdx.y));
+    const int64_t partial = int64_t{strip.b} * plan.strips + static_cast<int>(blockIdx.y);
+    march.store_partials(partial);
+    march.store_taps_partial(partial);
+  }
+}
+
+/// The march of an older part of a long filter, from tap kFirTensorBwdPart * part on.
+template <int kLags>
+__global__ void __launch_bounds__(kThreads, 2)
+    fir_tensor_bwd_part_kernel(const __grid_constant__ FirBwdParams p,
+                               const __grid_constant__ FirTensorBwd plan, int part) {
+  using Traits = FirTensorBwdTraits<kLags>;
+  using March = FirTensorBackward<kLags, Mode::kLong>;
+  constexpr int kDelay = Traits::kDelay;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
+  const FirTensorStrip strip(p, plan, kDelay, part * (kFirTensorBwdPart / kTile));
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int first_channel = (static_cast<int>(blockIdx.x) * kWarps + warp) * kFirBlockSide;
+  const bool active = first_channel < p.width;
+
+  FirTensorCopies<Traits, Mode::kLong> copies(p, strip, shared);
+  copies.start(true);
+  auto& w = shared.warps[warp];
+  March march(p, strip, w, active ? first_channel : 0, active);
+  const int first_n = strip.last_dq - strip.shift;
+  int step = strip.begin + march.segment * kSegment + first_n * kTile;
+  int history = 0, post = 0;  // slots of u of tile n and of dq of tile n + shift
+  for (int n = first_n; n >= strip.first; --n) {
+    copies_wait<0>();
+    __syncthreads();  // the tiles are there, and nobody reads those that the next copies replace
+    copies.start(copies.tile >= n - 1 + (copies.late ? 0 : strip.shift));
+    const int late = (strip.last - n) & 1, delayed = n + strip.shift + kDelay;
+    Two u[kSegment];
+    uint32_t beyond[2][2];
+    if (n <= strip.last) {
+      march.gate_u(w.u[history], shared.pre[late], shared.value[late], u, beyond);
+    }
+    if (n + strip.shift >= 0) {
+      march.gate_dq(w.dq[history], shared.post[post], shared.dy[post], false, u);
+    }
+    __syncwarp();
+    const bool q = strip.owns(delayed), du = strip.owns(n);
+    if (q) march.filter_q(history, true);
+    if (du) march.filter_du(history);
+    __syncwarp();
+    const int oldest = March::ring(history, kDelay, Traits::kHistory);
+    const bool begin = part == plan.parts - 1;
+    if (q) {
+      march.template sum_up<false>(p.u, w.u[oldest], step + (strip.shift + kDelay) * kTile, begin);
+    }
+    if (du) march.template sum_up<true>(p.dq, w.dq[oldest], step, begin);
+    __syncwarp();
+    history = history == 0 ? Traits::kHistory - 1 : history - 1;
+    post = post == 0 ? Traits::kPostSlots - 1 : post - 1;
+    step -= kTile;
+  }
+  if (active) {
+    march.store_taps_partial(int64_t{strip.b} * plan.strips + static_cast<int>(blockIdx.y));
   }
 }
 
@@ -767,14 +884,21 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-template <int kLags, bool kStates>
+template <int kLags, Mode kMode>
 Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream) {
   constexpr size_t shared = sizeof(typename FirTensorBwdTraits<kLags>::Shared);
   static_assert(shared == fir_tensor_bwd_shared(kLags));
-  const Status allowed = allow_shared_memory(fir_tensor_bwd_kernel<kLags, kStates>, shared);
-  if (!allowed.ok()) return allowed;
   const dim3 grid(plan.columns, plan.strips, p.batch);
-  fir_tensor_bwd_kernel<kLags, kStates><<<grid, kThreads, shared, stream>>>(p, plan);
+  if constexpr (kMode == Mode::kLong) {
+    const Status allowed = allow_shared_memory(fir_tensor_bwd_part_kernel<kLags>, shared);
+    if (!allowed.ok()) return allowed;
+    for (int part = plan.parts - 1; part > 0; --part) {
+      fir_tensor_bwd_part_kernel<kLags><<<grid, kThreads, shared, stream>>>(p, plan, part);
+    }
+  }
+  const Status allowed = allow_shared_memory(fir_tensor_bwd_kernel<kLags, kMode>, shared);
+  if (!allowed.ok()) return allowed;
+  fir_tensor_bwd_kernel<kLags, kMode><<<grid, kThreads, shared, stream>>>(p, plan);
   const Status status = launch_status(plan.name);
   if (!status.ok()) return status;
   const int64_t sums = 10 * p.width + p.groups * p.num_taps;
@@ -786,11 +910,10 @@ Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream)
 }  // namespace
 
 Status fir_tensor_bwd(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream) {
-  const bool states = p.state != nullptr || p.featurizer_state != nullptr ||
-                      p.d_state_out != nullptr || p.d_featurizer_state_out != nullptr ||
-                      p.d_state != nullptr || p.d_featurizer_state != nullptr;
+  if (plan.parts > 1) return run<9, Mode::kLong>(p, plan, stream);
   const auto with_lags = [&]<int kLags>() {
-    return states ? run<kLags, true>(p, plan, stream) : run<kLags, false>(p, plan, stream);
+    return fir_has_states(p) ? run<kLags, Mode::kStates>(p, plan, stream)
+                             : run<kLags, Mode::kPlain>(p, plan, stream);
   };
   switch (plan.lags) {
     case 3:

@@ -30,10 +30,14 @@ constexpr int64_t fir_tensor_bwd_shared(int lags) {
          kFirTensorBwdWarps * (block_tiles * kBlockTile + kFilters + kBeside);
 }
 
+/// Taps of a march where there are too many for one.
+constexpr int kFirTensorBwdPart = 128;
+
 /// How the backward on tensor cores takes a problem: a block of threads owns 64 channels and a
 /// strip of `steps` steps.
 struct FirTensorBwd {
   int lags = 0;     // blocks of 16 taps that the kernel knows; 0: it does not take the problem
+  int parts = 1;    // of the taps, a march for each
   int columns = 0;  // blocks of threads side by side that hold all channels
   int steps = 0, strips = 0;
   const char* name = nullptr;
@@ -43,14 +47,14 @@ struct FirTensorBwd {
 
 /// How many strips to cut `tiles` tiles of time into, `blocks` for each of them. The march lasts as
 /// long as the strips that follow each other in one place, each with some tiles of overhead.
-inline int64_t fir_tensor_bwd_strips(int64_t blocks, int64_t tiles) {
+inline int64_t fir_tensor_bwd_strips(int64_t blocks, int64_t tiles, int64_t overhead) {
   constexpr int64_t kPlaces = kFirTensorBwdShare * kFirMultiprocessors;
-  constexpr int64_t kMostTurns = 4, kOverhead = 6;
+  constexpr int64_t kMostTurns = 4;
   const int64_t most = std::clamp<int64_t>(kMostTurns * kPlaces / blocks, 1, tiles);
   int64_t best = 1, best_tiles = std::numeric_limits<int64_t>::max();
   for (int64_t strips = 1; strips <= most; ++strips) {
     const int64_t turns = fir_ceil_div(blocks * strips, kPlaces);
-    const int64_t turn_tiles = turns * (fir_ceil_div(tiles, strips) + kOverhead);
+    const int64_t turn_tiles = turns * (fir_ceil_div(tiles, strips) + overhead);
     if (turn_tiles < best_tiles) {
       best = strips;
       best_tiles = turn_tiles;
@@ -59,12 +63,19 @@ inline int64_t fir_tensor_bwd_strips(int64_t blocks, int64_t tiles) {
   return best;
 }
 
+/// Whether states come in or go out, or gradients of them.
+inline bool fir_has_states(const FirBwdParams& p) {
+  return p.state != nullptr || p.featurizer_state != nullptr || p.d_state_out != nullptr ||
+         p.d_featurizer_state_out != nullptr;
+}
+
 /// The plan for a multiprocessor with `shared` bytes of shared memory, of which each block of
-/// threads takes 1024 besides its own. There is none for more than 129 taps, for a single step, and
-/// where dy is not aligned as z must be.
+/// threads takes 1024 besides its own. There is none for a single step, where dy is not aligned as
+/// z must be, and for more than 129 taps with states.
 inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype, int64_t shared) {
   constexpr int kLags[] = {3, 5, 9};
   constexpr const char* kNames[] = {"tensor_w33", "tensor_w65", "tensor_w129"};
+  constexpr int64_t kOverhead = 6;
   FirTensorBwd plan;
   if (!fir_tensor_takes(p, dtype) || p.length == 1 ||
       !fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l)) {
@@ -72,25 +83,32 @@ inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype, int6
   }
   const int64_t lags = fir_tensor_lags(p.num_taps);
   const int kernel = lags <= kLags[0] ? 0 : lags <= kLags[1] ? 1 : 2;
-  if (lags > kLags[kernel] || fir_tensor_bwd_shared(kLags[kernel]) + 1024 > shared) return plan;
+  const bool is_long = lags > kLags[kernel];
+  if (fir_tensor_bwd_shared(kLags[kernel]) + 1024 > shared) return plan;
+  if (is_long && fir_has_states(p)) return plan;
   plan.lags = kLags[kernel];
-  plan.name = kNames[kernel];
+  plan.name = is_long ? "tensor_long" : kNames[kernel];
+  if (is_long) plan.parts = static_cast<int>(fir_ceil_div(p.num_taps, kFirTensorBwdPart));
   plan.columns = static_cast<int>(fir_ceil_div(p.width, kFirBlockSide * kFirTensorBwdWarps));
   const int64_t tiles = fir_ceil_div(p.length, kFirTensorBwdTile);
-  const int64_t strips = fir_tensor_bwd_strips(plan.columns * p.batch, tiles);
+  const int64_t strips = fir_tensor_bwd_strips(
+      plan.columns * p.batch, tiles,
+      kOverhead + (plan.parts - 1) * kFirTensorBwdPart / kFirTensorBwdTile / 2);
   plan.steps = static_cast<int>(fir_ceil_div(tiles, strips)) * kFirTensorBwdTile;
   plan.strips = static_cast<int>(fir_ceil_div(p.length, plan.steps));
   return plan;
 }
 
 /// Its workspace, of each strip: featurizer_partial [B, strips, 3D, 3]; taps_partial [B, strips,
-/// D + (D / 16) W], the skip's gradient, then those of the taps for every 16 channels.
+/// D + (D / 16) W], the skip's gradient, then those of the taps for every 16 channels. With more
+/// than one part also u and dq [B, L, D]: what the parts add to q and du.
 inline FirWorkspace fir_tensor_bwd_workspace(const FirBwdParams& p, const FirTensorBwd& plan) {
   const int64_t partials = p.batch * plan.strips;
+  const int64_t sums = plan.parts > 1 ? p.batch * p.length * p.width : 0;
   return {
-      .u = 0,
+      .u = sums,
       .packed_taps = 0,
-      .dq = 0,
+      .dq = sums,
       .dc = 0,
       .taps_partial = partials * (p.width + p.width / kFirBlockSide * p.num_taps),
       .featurizer_partial = partials * 9 * p.width,
