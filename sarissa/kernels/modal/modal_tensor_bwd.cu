@@ -141,23 +141,12 @@ struct BackwardMarch {
   __device__ void make_tables() const {
     const ModalInputs& in = p.in;
     const int channel = thread / kModes, n = thread % kModes;
+    // All reads of global memory before the first use.
     const ModalMode mode(in, channel0 + channel, n);
-#pragma unroll
-    for (int i = 0; i < kBlock; i += 2) {
-      const SplitPair s =
-          split_pair(modal_power(mode.log_pole, 15 - i), modal_power(mode.log_pole, 14 - i));
-      unsigned char* const to = &shared.powers[channel][0][i / 8 * 256 + n * 16 + i % 8 * 2];
-      *reinterpret_cast<uint32_t*>(to) = s.high;
-      *reinterpret_cast<uint32_t*>(to + 512) = s.low;
+    float h = 0.0f;  // of the filter's tap n
+    if (n == 0 && in.skip != nullptr) {
+      h = modal_parameter(in.skip, in.skip_is_T, channel0 + channel);
     }
-    // The decay of a tile is that of its scan, with its roundings, and the rest by itself: else a
-    // pole close to 1 would carry those roundings from tile to tile.
-    const auto decay = static_cast<float>(mode.exact_power(kBlock));
-    shared.constants[channel][kDecay][n] = decay;
-    shared.constants[channel][kScale][n] = mode.residue * modal_power(mode.log_pole, 1);
-    shared.constants[channel][kRest][n] =
-        static_cast<float>(mode.exact_power(kTile) - scanned_decay(decay));
-
     if (thread < 9 * kChannels) {
       const int third = thread / (3 * kChannels), k = thread / kChannels % 3;
       const int c = thread % kChannels;
@@ -168,16 +157,34 @@ struct BackwardMarch {
       const int third = thread / (2 * kChannels), i = thread / kChannels % 2;
       shared.edges[0][third][i][thread % kChannels] = 0.0f;
     }
-    const int tap = n;
-    float h = tap == 0 && in.skip != nullptr
-                  ? modal_parameter(in.skip, in.skip_is_T, channel0 + channel)
-                  : 0.0f;
+    struct Setup {
+      float log_poles[kChannels][kModes], residues[kChannels][kModes];
+    };
+    auto& setup = *reinterpret_cast<Setup*>(shared.steps);
+    setup.log_poles[channel][n] = mode.log_pole;
+    setup.residues[channel][n] = mode.residue;
+    barrier();
+
+#pragma unroll
+    for (int i = 0; i < kBlock; i += 2) {
+      const SplitPair s =
+          split_pair(modal_power(mode.log_pole, 15 - i), modal_power(mode.log_pole, 14 - i));
+      unsigned char* const to = &shared.powers[channel][0][i / 8 * 256 + n * 16 + i % 8 * 2];
+      *reinterpret_cast<uint32_t*>(to) = s.high;
+      *reinterpret_cast<uint32_t*>(to + 512) = s.low;
+    }
 #pragma unroll 4
     for (int m = 0; m < kModes; ++m) {
-      const ModalMode other(in, channel0 + channel, m);
-      h = fmaf(other.residue, modal_power(other.log_pole, tap), h);
+      h = fmaf(setup.residues[channel][m], modal_power(setup.log_poles[channel][m], n), h);
     }
-    shared.first_taps[channel][tap] = pack_pair(h, 0.0f);
+    shared.first_taps[channel][n] = pack_pair(h, 0.0f);
+    // The decay of a tile is that of its scan, with its roundings, and the rest by itself: else a
+    // pole close to 1 would carry those roundings from tile to tile.
+    const auto decay = static_cast<float>(mode.exact_power(kBlock));
+    shared.constants[channel][kDecay][n] = decay;
+    shared.constants[channel][kScale][n] = mode.residue * modal_power(mode.log_pole, 1);
+    shared.constants[channel][kRest][n] =
+        static_cast<float>(mode.exact_power(kTile) - scanned_decay(decay));
     barrier();
   }
 
@@ -740,6 +747,7 @@ template <bool kEnds, bool kArriving>
 __global__ void __launch_bounds__(kTeams* kTeamThreads, 1)
     modal_tensor_bwd_kernel(ModalBwdParams p, ModalTensorBwd plan, Buffers buffers) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
+  wait_for_earlier_kernels();
   BackwardMarch<kEnds, kArriving> march(p, plan, buffers,
                                         reinterpret_cast<TeamShared*>(shared_bytes));
   march.run();
@@ -770,6 +778,7 @@ __device__ inline float warp_sum(const float* from, int64_t parts, int64_t width
 /// skip and featurizer.
 __global__ void __launch_bounds__(kSumThreads)
     modal_tensor_sum_kernel(ModalBwdParams p, Buffers buffers, int64_t parts) {
+  wait_for_earlier_kernels();
   const ModalInputs& in = p.in;
   const int64_t modes = in.groups * in.modes;
   const int64_t thread = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, warp = thread / 32;
@@ -835,7 +844,7 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
   const auto march = [&](auto* kernel, dim3 grid) {
     const Status status = allow_shared_memory(kernel, shared);
     if (!status.ok()) return status;
-    kernel<<<grid, plan.teams * kTeamThreads, shared, s>>>(p, plan, buffers);
+    launch_early(kernel, grid, plan.teams * kTeamThreads, shared, s, p, plan, buffers);
     return launch_status(plan.name);
   };
   const bool ends = p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr;
@@ -849,8 +858,9 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
                              : march(modal_tensor_bwd_kernel<false, false>, grid);
   if (!status.ok() || is_direct(in, plan)) return status;
   const int64_t threads = 2 * in.groups * in.modes * 32 + 10 * in.width;
-  modal_tensor_sum_kernel<<<static_cast<unsigned>(ceil_div<int64_t>(threads, kSumThreads)),
-                            kSumThreads, 0, s>>>(p, buffers, in.batch * plan.chunks);
+  const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(threads, kSumThreads)));
+  launch_early(modal_tensor_sum_kernel, blocks, kSumThreads, 0, s, p, buffers,
+               in.batch * plan.chunks);
   return launch_status(plan.name);
 }
 
