@@ -383,10 +383,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (rank == 0 && thread < 3 * kHalo * kChunks) {  // the rows before the sequence
     const int third = thread / (kHalo * kChunks), j = thread / kChunks % kHalo;
-    const bf16* const from = cta.row(in, third, j - kHalo);
-    const uint4 none = {};
-    *reinterpret_cast<uint4*>(shared.z[third][0] + row_offset(j) + thread % kChunks * 16) =
-        from != nullptr ? reinterpret_cast<const uint4*>(from)[thread % kChunks] : none;
+    const bf16* const from = cta.row(in, third, j - kHalo);  // aligned to an element only
+    constexpr int kElements = 16 / sizeof(bf16);
+    Vector<bf16, kElements> chunk = Vector<bf16, kElements>::zero();
+    if (from != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        reinterpret_cast<bf16*>(&chunk)[i] = from[thread % kChunks * kElements + i];
+      }
+    }
+    *reinterpret_cast<Vector<bf16, kElements>*>(shared.z[third][0] + row_offset(j) +
+                                                thread % kChunks * 16) = chunk;
   }
   if (thread < kFeaturizers) (&shared.featurizer[0][0][0])[thread] = featurizer;
 
