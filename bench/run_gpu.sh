@@ -37,9 +37,9 @@ step() {  # step NAME COMMAND...: runs the command, logs it, reports one line
 
 if [[ $what == tests || $what == all ]]; then
   while read -r test; do
-    step "$test" "build/$test" --gtest_filter='*Cuda*'
+    step "$test" timeout 120 "build/$test" --gtest_filter='*Cuda*'
   done < build/gpu_tests
-  step selftest build/sarissa selftest --device cuda
+  step selftest timeout 120 build/sarissa selftest --device cuda
   build/sarissa selftest --device cuda --json > "$results/selftest.json"
 fi
 # racecheck also reports torch's own attention kernels (cutlass, cuDNN): only ours count.
