@@ -7,6 +7,7 @@
 #include "sarissa/kernels/fir/fir_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
+#include "tests/ops/fir_problem.h"
 #include "tests/support/compare.h"
 #include "tests/support/fft.h"
 
@@ -16,14 +17,7 @@ namespace {
 using at::Tensor;
 using test::bit_equal;
 using test::relative_rms;
-
-struct Shape {
-  int64_t B, L, D, G, W;
-};
-
-std::ostream& operator<<(std::ostream& out, const Shape& s) {
-  return out << "B" << s.B << " L" << s.L << " D" << s.D << " G" << s.G << " W" << s.W;
-}
+using Shape = test::FirShape;
 
 // Lengths 1, 2, W-1, W, W+1 and primes; widths that are no multiple of a vector; chunk and tile
 // boundaries (256 and 512 steps, 8 rows, 64 channels).

@@ -6,6 +6,7 @@
 #include "sarissa/kernels/fir/fir_tensor_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
+#include "tests/ops/fir_problem.h"
 #include "tests/support/compare.h"
 
 namespace sarissa {
@@ -15,33 +16,14 @@ using at::Tensor;
 using kernels::DType;
 using kernels::FirTensorFwd;
 using test::bit_equal;
+using test::kA100;
+using test::kH100;
+using test::kSmall;
+using test::plan_problem;
 using test::relative_rms;
-
-struct Shape {
-  int64_t B, L, D, G, W;
-};
-
-std::ostream& operator<<(std::ostream& out, const Shape& s) {
-  return out << "B" << s.B << " L" << s.L << " D" << s.D << " G" << s.G << " W" << s.W;
-}
-
-/// A problem whose tensors lie at addresses that are never read.
-kernels::FirParams plan_problem(const Shape& s) {
-  const auto* aligned = reinterpret_cast<const void*>(uintptr_t{4096});
-  kernels::FirParams p{};
-  p.batch = s.B;
-  p.length = s.L;
-  p.width = s.D;
-  p.groups = s.G;
-  p.num_taps = s.W;
-  p.x = p.featurizer = p.taps = aligned;
-  p.x_stride_l = 3 * s.D;
-  p.x_stride_b = s.L * p.x_stride_l;
-  return p;
-}
+using Shape = test::FirShape;
 
 constexpr auto kBF16 = DType::kBFloat16;
-constexpr int64_t kH100 = 228 * 1024, kA100 = 164 * 1024, kSmall = 100 * 1024;  // shared memory
 
 TEST(HyenaFirTensorPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   const auto takes = [](const Shape& s) { return fir_tensor_takes(plan_problem(s), kBF16); };

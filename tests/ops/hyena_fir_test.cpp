@@ -9,6 +9,7 @@
 #include "sarissa/kernels/fir/fir_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
+#include "tests/ops/fir_problem.h"
 #include "tests/support/compare.h"
 #include "tests/support/fft.h"
 #include "tests/support/golden.h"
@@ -19,7 +20,9 @@ namespace {
 using at::Tensor;
 using test::bit_equal;
 using test::GoldenCase;
+using test::plan_problem;
 using test::relative_rms;
+using Shape = test::FirShape;
 
 at::ScalarType state_type(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
@@ -193,14 +196,6 @@ void expect_golden(at::ScalarType dtype, at::Device device) {
 TEST(HyenaFir, GoldenVectorsInDouble) { expect_golden(at::kDouble, at::kCPU); }
 TEST(HyenaFir, GoldenVectorsInFloat) { expect_golden(at::kFloat, at::kCPU); }
 TEST(HyenaFir, GoldenVectorsInBFloat16) { expect_golden(at::kBFloat16, at::kCPU); }
-
-struct Shape {
-  int64_t B, L, D, G, W;
-};
-
-std::ostream& operator<<(std::ostream& out, const Shape& s) {
-  return out << "B" << s.B << " L" << s.L << " D" << s.D << " G" << s.G << " W" << s.W;
-}
 
 const std::vector<Shape> kShapes = {
     {1, 1, 1, 1, 1},
@@ -636,23 +631,6 @@ TEST(HyenaFir, RefusesBadInputsByName) {
 
 using kernels::DType;
 using kernels::FirMarch;
-
-/// A problem of hyena_fir whose tensors lie at addresses that are never read.
-kernels::FirBwdParams plan_problem(const Shape& s) {
-  const auto* aligned = reinterpret_cast<const void*>(uintptr_t{4096});
-  kernels::FirBwdParams p{};
-  p.batch = s.B;
-  p.length = s.L;
-  p.width = s.D;
-  p.groups = s.G;
-  p.num_taps = s.W;
-  p.x = p.dy = p.featurizer = p.taps = aligned;
-  p.x_stride_l = 3 * s.D;
-  p.x_stride_b = s.L * p.x_stride_l;
-  p.dy_stride_l = s.D;
-  p.dy_stride_b = s.L * s.D;
-  return p;
-}
 
 TEST(HyenaFirPlan, MarchTakesFewGatedTaps) {
   for (const int64_t W : {1, 7, 14}) {
