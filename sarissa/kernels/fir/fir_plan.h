@@ -122,23 +122,29 @@ inline bool fir_march_takes(const FirParams& p, DType dtype) {
          p.length <= kMost && p.width * 16 <= kMost && p.batch <= 65535;
 }
 
-/// How many strips to cut the time into, `blocks` for each of them. A multiprocessor takes one
-/// block at a time, so the march lasts as long as the strips that one takes in turn, each with some
-/// steps of overhead.
-inline int fir_march_strips(int64_t blocks, int64_t length, int64_t overhead) {
+/// Into how many strips, `most` at most, to cut `length` (in steps or tiles), each of them `blocks`
+/// blocks of threads, of which `places` march at a time. The march lasts as long as the strips that
+/// follow each other in one place, each with some overhead.
+inline int64_t fir_strips(int64_t blocks, int64_t places, int64_t length, int64_t overhead,
+                          int64_t most) {
+  int64_t best = 1, best_time = std::numeric_limits<int64_t>::max();
+  for (int64_t strips = 1; strips <= most; ++strips) {
+    const int64_t turns = fir_ceil_div(blocks * strips, places);
+    const int64_t time = turns * (fir_ceil_div(length, strips) + overhead);
+    if (time < best_time) {
+      best = strips;
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+/// Strips of the march: a multiprocessor takes one block at a time.
+inline int64_t fir_march_strips(int64_t blocks, int64_t length, int64_t overhead) {
   constexpr int64_t kShortest = 32, kMostTurns = 4;
   const int64_t most =
       std::max<int64_t>(1, std::min(length / kShortest, kMostTurns * kFirMultiprocessors / blocks));
-  int64_t best = 1, best_steps = std::numeric_limits<int64_t>::max();
-  for (int64_t strips = 1; strips <= most; ++strips) {
-    const int64_t turns = fir_ceil_div(blocks * strips, kFirMultiprocessors);
-    const int64_t steps = turns * (fir_ceil_div(length, strips) + overhead);
-    if (steps < best_steps) {
-      best = strips;
-      best_steps = steps;
-    }
-  }
-  return static_cast<int>(best);
+  return fir_strips(blocks, kFirMultiprocessors, length, overhead, most);
 }
 
 /// The plan with `bytes` of neighbouring channels per thread, or one channel where a group is no

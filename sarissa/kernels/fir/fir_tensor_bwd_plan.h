@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
 #include "sarissa/kernels/fir/fir_tensor_plan.h"
 
@@ -45,22 +44,12 @@ struct FirTensorBwd {
   explicit operator bool() const { return lags > 0; }
 };
 
-/// How many strips to cut `tiles` tiles of time into, `blocks` for each of them. The march lasts as
-/// long as the strips that follow each other in one place, each with some tiles of overhead.
+/// Strips of `tiles` tiles of time, `blocks` blocks of threads for each of them.
 inline int64_t fir_tensor_bwd_strips(int64_t blocks, int64_t tiles, int64_t overhead) {
   constexpr int64_t kPlaces = kFirTensorBwdShare * kFirMultiprocessors;
   constexpr int64_t kMostTurns = 4;
   const int64_t most = std::clamp<int64_t>(kMostTurns * kPlaces / blocks, 1, tiles);
-  int64_t best = 1, best_tiles = std::numeric_limits<int64_t>::max();
-  for (int64_t strips = 1; strips <= most; ++strips) {
-    const int64_t turns = fir_ceil_div(blocks * strips, kPlaces);
-    const int64_t turn_tiles = turns * (fir_ceil_div(tiles, strips) + overhead);
-    if (turn_tiles < best_tiles) {
-      best = strips;
-      best_tiles = turn_tiles;
-    }
-  }
-  return best;
+  return fir_strips(blocks, kPlaces, tiles, overhead, most);
 }
 
 /// Whether states come in or go out, or gradients of them.
