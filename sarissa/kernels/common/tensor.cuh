@@ -112,22 +112,6 @@ __device__ inline void store_matrices_transposed(void* row, uint32_t x0, uint32_
 #endif
 }
 
-/// A fragments of diagonal [16, 16] matrices. The pair `w` of a lane holds the diagonal's elements
-/// r and r + 8; quadrants (0, 0) and (3, 3) are then made by one byte permutation each.
-struct Diagonal {
-  uint32_t select_low, select_high;
-
-  __device__ Diagonal() {
-    const int lane = static_cast<int>(threadIdx.x) % 32, r = lane / 4, c = lane % 4 * 2;
-    select_low = r == c ? 0x4410u : r == c + 1 ? 0x1044u : 0x4444u;
-    select_high = r == c ? 0x4432u : r == c + 1 ? 0x3244u : 0x4444u;
-  }
-  /// Diagonal matrix [8, 8] of elements 0 to 7.
-  __device__ uint32_t low(uint32_t w) const { return __byte_perm(w, 0, select_low); }
-  /// Of elements 8 to 15.
-  __device__ uint32_t high(uint32_t w) const { return __byte_perm(w, 0, select_high); }
-};
-
 /// Hides where x comes from: else the compiler computes offsets again and again inside a loop, or
 /// spills them.
 __device__ inline void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
