@@ -25,6 +25,12 @@ __device__ inline uint32_t pack_pair(float low, float high) {
 __device__ inline float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_of(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+/// Two neighbouring channels.
+struct Two {
+  float at[2];
+};
+__device__ inline Two unpack_two(uint32_t pair) { return {low_of(pair), high_of(pair)}; }
+
 /// a b + c of both bfloat16 of a pair, rounded once.
 __device__ inline uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;

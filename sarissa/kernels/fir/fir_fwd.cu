@@ -1,5 +1,6 @@
 // Forward of the FIR family for any shape: u is stored with its history, then each thread sums the
 // taps for a few steps of one channel. Few gated taps go to the march, many to the tensor cores.
+#include "sarissa/kernels/fir/fir_channel.cuh"
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
 #include "sarissa/kernels/fir/fir_step.cuh"
@@ -51,6 +52,9 @@ Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream) {
   }
   if (fir_tensor_takes(params, dtype)) {
     return fir_tensor_fwd(params, fir_tensor_fwd_plan(params, dtype, shared_memory()), s);
+  }
+  if (fir_channel_takes(params, dtype)) {
+    return fir_channel_fwd(params, fir_channel_fwd_plan(params, dtype, shared_memory()), s);
   }
   switch (dtype) {
     case DType::kFloat64:

@@ -17,6 +17,64 @@
 
 namespace sarissa::kernels {
 
+constexpr int kBefore = 2;  // rows of z before a tile, which the featurizer needs
+
+/// 8 channels from `channel` of a third on in row t of z, or of the featurizer's state before
+/// step 0.
+__device__ inline Vector<__nv_bfloat16, 8> load_row(const FirParams& p, int b, int t, int third,
+                                                    int channel) {
+  const int64_t column = third * p.width + channel;
+  if (t >= 0) {
+    const auto* z = static_cast<const __nv_bfloat16*>(p.x) + b * p.x_stride_b + t * p.x_stride_l;
+    return load_vector<__nv_bfloat16, 8>(z + column);
+  }
+  auto x = Vector<__nv_bfloat16, 8>::zero();
+  if (t >= -kBefore && p.featurizer_state != nullptr) {
+    // One by one: the state need not be aligned.
+    const auto* state = static_cast<const uint16_t*>(p.featurizer_state) +
+                        (int64_t{b} * kBefore + t + kBefore) * 3 * p.width + column;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x.pairs[i] = state[2 * i] | static_cast<uint32_t>(state[2 * i + 1]) << 16;
+    }
+  }
+  return x;
+}
+
+/// The featurizer's state at L, and the rows of the inner state at L that are older than z: of 8
+/// channels, rows `row`, row + rows_at_once, ..
+__device__ inline void store_old_states(const FirParams& p, int b, int row, int rows_at_once,
+                                        int channel) {
+  const int length = static_cast<int>(p.length), rows = static_cast<int>(p.num_taps) - 1;
+  if (channel >= p.width) return;
+  if (p.featurizer_state_out != nullptr && row < kBefore * 3) {
+    auto* out = static_cast<__nv_bfloat16*>(p.featurizer_state_out) +
+                (int64_t{b} * kBefore * 3 + row) * p.width + channel;
+    *reinterpret_cast<Vector<__nv_bfloat16, 8>*>(out) =
+        load_row(p, b, length - kBefore + row / 3, row % 3, channel);
+  }
+  if (p.state_out == nullptr) return;
+  const int64_t at = int64_t{b} * rows * p.width + channel;
+  for (int i = row; i < rows - length; i += rows_at_once) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      static_cast<float*>(p.state_out)[at + i * p.width + j] =
+          p.state == nullptr ? 0.0f
+                             : static_cast<const float*>(p.state)[at + (i + length) * p.width + j];
+    }
+  }
+}
+
+/// Waits for the warps of a slice.
+template <int kTeams>
+__device__ inline void slice_barrier(int slice) {
+  if constexpr (kTeams == 1) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + slice), "n"(32 * kTeams) : "memory");
+  }
+}
+
 /// Which channels and steps of a block a lane has.
 struct BlockLane {
   int lane, row, column;  // r, c

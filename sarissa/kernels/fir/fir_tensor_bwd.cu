@@ -35,12 +35,6 @@ static_assert(kTile / kSegment * kPairs == 32);
 /// What a march has to do with: nothing else; states that come in or go out; more taps.
 enum class Mode { kPlain, kStates, kLong };
 
-/// Two channels.
-struct Two {
-  float at[2];
-};
-__device__ inline Two unpack_two(uint32_t pair) { return {low_of(pair), high_of(pair)}; }
-
 /// A tile of z or dy in shared memory: rows of the block's channels, two to a word. The 8 words of
 /// a warp are the (warp ^ segment)-th of a row: so the lanes of a warp, which read rows 8 steps
 /// apart together, find them in different banks.
@@ -853,12 +847,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kSumThreads = 256;
 
 /// Sums the partials of all strips in order: d_featurizer [3D, 3], d_skip [D], d_taps [G, W], a
-/// thread for each. d_taps is also summed over the blocks of 16 channels of its group.
+/// thread for each. d_taps is also summed over the units of `unit` channels of its group.
 __global__ void __launch_bounds__(kSumThreads)
-    fir_tensor_sum_kernel(const __grid_constant__ FirBwdParams p, int partials) {
+    fir_tensor_sum_kernel(const __grid_constant__ FirBwdParams p, int partials, int unit) {
   const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
   const int64_t f_columns = 9 * p.width, taps = p.groups * p.num_taps;
-  const int64_t blocks = p.width / kFirBlockSide, h_columns = p.width + blocks * p.num_taps;
+  const int64_t units = p.width / unit, h_columns = p.width + units * p.num_taps;
   const auto* d_f = static_cast<const float*>(p.featurizer_partial);
   const auto* d_h = static_cast<const float*>(p.taps_partial);
   const auto sum = [&](const float* from, int64_t stride) {
@@ -875,10 +869,10 @@ __global__ void __launch_bounds__(kSumThreads)
     store_parameter<BF16>(p.d_skip, p.skip_is_T, channel, sum(d_h + channel, h_columns));
   } else if (i < f_columns + p.width + taps) {
     const int64_t tap = i - f_columns - p.width, group = tap / p.num_taps;
-    const int64_t group_blocks = blocks / p.groups;
+    const int64_t group_units = units / p.groups;
     float total = 0;
-    for (int64_t block = group * group_blocks; block < (group + 1) * group_blocks; ++block) {
-      total += sum(d_h + p.width + block * p.num_taps + tap % p.num_taps, h_columns);
+    for (int64_t at = group * group_units; at < (group + 1) * group_units; ++at) {
+      total += sum(d_h + p.width + at * p.num_taps + tap % p.num_taps, h_columns);
     }
     store_parameter<BF16>(p.d_taps, p.taps_is_T, tap, total);
   }
@@ -901,13 +895,19 @@ Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream)
   fir_tensor_bwd_kernel<kLags, kMode><<<grid, kThreads, shared, stream>>>(p, plan);
   const Status status = launch_status(plan.name);
   if (!status.ok()) return status;
-  const int64_t sums = 10 * p.width + p.groups * p.num_taps;
-  fir_tensor_sum_kernel<<<static_cast<unsigned>(fir_ceil_div(sums, kSumThreads)), kSumThreads, 0,
-                          stream>>>(p, static_cast<int>(p.batch) * plan.strips);
-  return launch_status(plan.name);
+  return fir_tensor_sum(p, static_cast<int>(p.batch) * plan.strips, kFirBlockSide, plan.name,
+                        stream);
 }
 
 }  // namespace
+
+Status fir_tensor_sum(const FirBwdParams& p, int partials, int unit, const char* name,
+                      cudaStream_t stream) {
+  const int64_t sums = 10 * p.width + p.groups * p.num_taps;
+  fir_tensor_sum_kernel<<<static_cast<unsigned>(fir_ceil_div(sums, kSumThreads)), kSumThreads, 0,
+                          stream>>>(p, partials, unit);
+  return launch_status(name);
+}
 
 Status fir_tensor_bwd(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream) {
   if (plan.parts > 1) return run<9, Mode::kLong>(p, plan, stream);

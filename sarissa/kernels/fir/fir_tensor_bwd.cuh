@@ -7,6 +7,11 @@
 
 namespace sarissa::kernels {
 
+/// Sums the partial gradients of `partials` strips: featurizer_partial [3D, 3] and taps_partial [D
+/// + (D / unit) W] of each, where `unit` channels share the partial gradient of their taps.
+Status fir_tensor_sum(const FirBwdParams& p, int partials, int unit, const char* name,
+                      cudaStream_t stream);
+
 Status fir_tensor_bwd(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream);
 
 }  // namespace sarissa::kernels

@@ -15,7 +15,6 @@ using Element = __nv_bfloat16;
 
 constexpr int kBlocks = kFirTensorFwdBlocks;                    // of a warp in a tile
 constexpr int kBlockBytes = 2 * kFirBlockSide * kFirBlockSide;  // of u
-constexpr int kBefore = 2;  // rows of z before a tile, which the featurizer needs
 
 /// Constants of the forward with kSlices slices of 16 channels and kTeams warps for each.
 template <int kSlices, int kTeams>
@@ -60,28 +59,6 @@ struct Place : BlockLane {
   }
 };
 
-/// 8 channels from `channel` of a third on in row t of z, or of the featurizer's state before
-/// step 0.
-__device__ inline Vector<Element, 8> load_row(const FirParams& p, int b, int t, int third,
-                                              int channel) {
-  const int64_t column = third * p.width + channel;
-  if (t >= 0) {
-    const auto* z = static_cast<const Element*>(p.x) + b * p.x_stride_b + t * p.x_stride_l;
-    return load_vector<Element, 8>(z + column);
-  }
-  auto x = Vector<Element, 8>::zero();
-  if (t >= -kBefore && p.featurizer_state != nullptr) {
-    // One by one: the state need not be aligned.
-    const auto* state = static_cast<const uint16_t*>(p.featurizer_state) +
-                        (int64_t{b} * kBefore + t + kBefore) * 3 * p.width + column;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x.pairs[i] = state[2 * i] | static_cast<uint32_t>(state[2 * i + 1]) << 16;
-    }
-  }
-  return x;
-}
-
 /// u before step 0 from the inner state, rounded to bfloat16 like every u: blocks first, first -
 /// step, .. of those that the taps reach. Block -1 goes to `newest`, the others before it.
 __device__ void load_history(const FirParams& p, int lags, int b, int d, const BlockLane& lane,
@@ -103,29 +80,6 @@ __device__ void load_history(const FirParams& p, int lags, int b, int d, const B
     }
     reinterpret_cast<uint4*>(newest + (block + 1) * kBlockBytes)[lane.lane] =
         make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-  }
-}
-
-/// The featurizer's state at L, and the rows of the inner state at L that are older than z.
-template <class Tile>
-__device__ void store_old_states(const FirParams& p, int b, int row, int channel) {
-  const int length = static_cast<int>(p.length), rows = static_cast<int>(p.num_taps) - 1;
-  if (channel >= p.width) return;
-  if (p.featurizer_state_out != nullptr && row < kBefore * 3) {
-    auto* out = static_cast<Element*>(p.featurizer_state_out) +
-                (int64_t{b} * kBefore * 3 + row) * p.width + channel;
-    *reinterpret_cast<Vector<Element, 8>*>(out) =
-        load_row(p, b, length - kBefore + row / 3, row % 3, channel);
-  }
-  if (p.state_out == nullptr) return;
-  const int64_t at = int64_t{b} * rows * p.width + channel;
-  for (int i = row; i < rows - length; i += Tile::kCopyRows) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      static_cast<float*>(p.state_out)[at + i * p.width + j] =
-          p.state == nullptr ? 0.0f
-                             : static_cast<const float*>(p.state)[at + (i + length) * p.width + j];
-    }
   }
 }
 
@@ -242,16 +196,6 @@ __device__ inline void sum_history(float (&q)[kBlocks][8], const History& histor
   for (int i = 1; i < kBlocks; ++i) add(i, kBlocks);
 }
 
-/// Waits for the warps of a slice.
-template <int kTeams>
-__device__ inline void slice_barrier(int slice) {
-  if constexpr (kTeams == 1) {
-    __syncwarp();
-  } else {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + slice), "n"(32 * kTeams) : "memory");
-  }
-}
-
 template <int kSlices, int kTeams, int kStages>
 __global__ void __launch_bounds__(Tiles<kSlices, kTeams>::kThreads,
                                   512 / Tiles<kSlices, kTeams>::kThreads)
@@ -299,7 +243,7 @@ __global__ void __launch_bounds__(Tiles<kSlices, kTeams>::kThreads,
     load_history(p, plan.lags, at.b, at.d, at, -1 - at.team, kTeams,
                  history.begin + own - kBlockBytes - at.lane * 16);
   }
-  if (blockIdx.z == 0) store_old_states<Tile>(p, at.b, mover.row, mover.channel);
+  if (blockIdx.z == 0) store_old_states(p, at.b, mover.row, Tile::kCopyRows, mover.channel);
   const int state_begin =
       p.state_out == nullptr ? at.end : max(at.begin, static_cast<int>(p.length - p.num_taps) + 1);
 

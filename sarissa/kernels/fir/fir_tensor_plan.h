@@ -31,14 +31,18 @@ inline bool fir_tensor_rows(const FirParams& p, const void* rows, int64_t stride
          (p.batch == 1 || stride_b % kElements == 0) && stride_l % kElements == 0;
 }
 
-/// The tensor cores take bfloat16, more taps than the march does, and groups of a multiple of 16
-/// channels.
-inline bool fir_tensor_takes(const FirParams& p, DType dtype) {
+/// What the tensor cores take, whatever the groups: bfloat16, more taps than the march does, and
+/// channels in units of 16 bytes.
+inline bool fir_many_taps(const FirParams& p, DType dtype) {
   constexpr int64_t kMostTaps = 1024, kMost = int64_t{1} << 28;
   return p.featurizer != nullptr && dtype == DType::kBFloat16 && p.num_taps >= 15 &&
-         p.num_taps <= kMostTaps && p.width / p.groups % kFirBlockSide == 0 && p.length > 0 &&
-         p.length <= kMost && p.width <= kMost / 16 && p.batch <= 65535 &&
+         p.num_taps <= kMostTaps && p.width % 8 == 0 && p.length > 0 && p.length <= kMost &&
+         p.width <= kMost / 16 && p.batch <= 65535 &&
          fir_tensor_rows(p, p.x, p.x_stride_b, p.x_stride_l);
+}
+/// Groups of a multiple of 16 channels have products of their own.
+inline bool fir_tensor_takes(const FirParams& p, DType dtype) {
+  return fir_many_taps(p, dtype) && p.width / p.groups % kFirBlockSide == 0;
 }
 
 /// Blocks of a tile that one warp of the forward computes together.
@@ -88,7 +92,8 @@ inline FirTensorFwd fir_tensor_fwd_variant(const FirParams& p, int slices, int t
 
 /// Cuts time into strips such that it lasts least with `share` blocks of threads at a time on each
 /// multiprocessor; returns how long, in a unit of its own.
-inline int64_t fir_tensor_fwd_cut(const FirParams& p, int share, FirTensorFwd& plan) {
+template <class Plan>
+int64_t fir_tensor_fwd_cut(const FirParams& p, int share, Plan& plan) {
   const int64_t places = share * kFirMultiprocessors, blocks = plan.columns * p.batch;
   const int64_t tiles = fir_ceil_div(p.length, plan.tile_steps());
   const int64_t warm = fir_ceil_div(plan.lags - 1, plan.tile_blocks());
@@ -136,7 +141,7 @@ inline FirTensorFwd fir_tensor_fwd_plan(const FirParams& p, DType dtype, int64_t
 /// Whether the kernel that takes the forward on a GPU reads parameters as the operator has them:
 /// see fir.h.
 inline bool fir_fwd_is_native(const FirParams& p, DType dtype) {
-  return fir_step_plan(p, dtype) || fir_march_takes(p, dtype) || fir_tensor_takes(p, dtype);
+  return fir_step_plan(p, dtype) || fir_march_takes(p, dtype) || fir_many_taps(p, dtype);
 }
 
 }  // namespace sarissa::kernels
