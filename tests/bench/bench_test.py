@@ -22,7 +22,7 @@ OPERATORS = ["phalanx", "phalanx_w64", "phalanx_w128", "phalanx_full", "phalanx_
              "hyena_se_4", "hyena_se_14", "hyena_mr", "hyena_li", "rms_norm", "swiglu"]
 # Those that are measured only where --op names them.
 BY_NAME = [f"hyena_mr_{taps}" for taps in (8, 16, 32, 64, 256, 512, 1024)] + [
-    "hyena_mr_g1", "hyena_mr_g4", "hyena_mr_g64", "hyena_li_g16"]
+    "hyena_mr_g1", "hyena_mr_g2", "hyena_mr_g4", "hyena_mr_g8", "hyena_mr_g64", "hyena_li_g16"]
 # Those that need nothing but torch, on any device.
 TORCH_PEERS = ["torch_conv_7", "torch_conv_128", "torch_fft", "attention_flash"]
 KEYS = ["op", "direction", "batch", "length", "width", "dtype", "ms", "spread", "bytes", "gb_per_s",

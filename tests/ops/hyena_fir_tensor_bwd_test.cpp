@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "sarissa/kernels/fir/fir_channel_bwd_plan.h"
 #include "sarissa/kernels/fir/fir_tensor_bwd_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
@@ -15,6 +16,7 @@ namespace {
 
 using at::Tensor;
 using kernels::DType;
+using kernels::FirChannelBwd;
 using kernels::FirTensorBwd;
 using test::bit_equal;
 using test::kA100;
@@ -74,6 +76,48 @@ TEST(HyenaFirTensorBwdPlan, StripsCoverTimeAndFillTheMachine) {
   EXPECT_EQ(plan_of({1, 2048, 4096, 256, 128}).strips, 4);
   EXPECT_EQ(plan_of({1, 131072, 4096, 256, 128}).strips, 4);
   EXPECT_EQ(plan_of({4, 2048, 4096, 256, 128}).strips, 1);
+}
+
+FirChannelBwd channel_plan_of(const Shape& s, int64_t shared = kH100) {
+  return fir_channel_bwd_plan(plan_problem(s), DType::kBFloat16, shared);
+}
+
+TEST(HyenaFirChannelBwdPlan, TakesOtherGroupsUpTo128TapsWithoutStates) {
+  for (const int64_t width : {1, 2, 4, 8}) {
+    EXPECT_STREQ(channel_plan_of({2, 99, 4096, 4096 / width, 128}).name, "channel_32");
+  }
+  EXPECT_STREQ(channel_plan_of({2, 99, 72, 3, 15}).name, "channel_32");
+  EXPECT_STREQ(channel_plan_of({2, 99, 4096, 4096, 128}, kA100).name, "channel_16");
+  EXPECT_STREQ(channel_plan_of({2, 99, 4096, 4096, 128}, kSmall).name, "channel_16");
+  EXPECT_FALSE(channel_plan_of({2, 99, 64, 4, 128}));
+  EXPECT_FALSE(channel_plan_of({2, 99, 64, 64, 14}));
+  EXPECT_FALSE(channel_plan_of({2, 99, 64, 64, 129}));
+  EXPECT_FALSE(channel_plan_of({2, 1, 64, 64, 128}));
+  auto odd = plan_problem({2, 99, 64, 64, 128});
+  odd.state = odd.x;
+  EXPECT_FALSE(fir_channel_bwd_plan(odd, DType::kBFloat16, kH100));
+  odd = plan_problem({2, 99, 64, 64, 128});
+  odd.dy_stride_l += 4;
+  EXPECT_FALSE(fir_channel_bwd_plan(odd, DType::kBFloat16, kH100));
+}
+
+/// Strips, and with them the bits of the gradients, are the same on any GPU.
+TEST(HyenaFirChannelBwdPlan, StripsCoverTime) {
+  for (const Shape& s :
+       {Shape{1, 2, 64, 64, 15}, Shape{2, 129, 72, 3, 128}, Shape{1, 2048, 4096, 4096, 128},
+        Shape{1, 131072, 4096, 512, 128}, Shape{300, 77, 256, 256, 30}}) {
+    const FirChannelBwd plan = channel_plan_of(s);
+    EXPECT_EQ(plan.steps % kernels::kFirChannelTile, 0) << s;
+    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
+    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+    EXPECT_GE(plan.columns * 8 * plan.slices, s.D) << s;
+    EXPECT_LE(plan.shared_bytes + 1024, kH100) << s;
+    for (const int64_t shared : {kA100, kSmall}) {
+      const FirChannelBwd other = channel_plan_of(s, shared);
+      EXPECT_EQ(other.steps, plan.steps) << s;
+      EXPECT_LE(other.shared_bytes + 1024, shared) << s;
+    }
+  }
 }
 
 /// Gradients of z, featurizer, taps, skip, featurizer state, inner state.
@@ -161,6 +205,30 @@ TEST(HyenaFirTensorBwdCuda, GradientsMatchTheCpuInDouble) {
   }
 }
 
+TEST(HyenaFirTensorBwdCuda, GradientsOfNarrowGroupsMatchTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& s :
+       {Shape{2, 2, 64, 64, 15}, Shape{1, 33, 72, 3, 33}, Shape{2, 64, 64, 32, 64},
+        Shape{1, 128, 40, 10, 128}, Shape{2, 129, 64, 8, 128}, Shape{1, 300, 128, 128, 66},
+        Shape{3, 521, 80, 40, 128}, Shape{1, 1031, 24, 6, 100}, Shape{1, 3000, 1024, 1024, 128}}) {
+    const Problem p(s);
+    for (const With with : {With::kNothing, With::kSkip}) {
+      const auto want = gradients(p, with, at::kDouble, at::kCPU, at::kDouble);
+      for (const auto parameters : {at::kBFloat16, at::kFloat}) {
+        const auto got = gradients_on_gpu(p, with, parameters);
+        ASSERT_EQ(ops::last_kernel(), channel_plan_of(s).name) << s;
+        const auto again = gradients_on_gpu(p, with, parameters);
+        for (size_t i = 0; i < got.size(); ++i) {
+          EXPECT_LE(relative_rms(got[i], want[i]), tolerance(s, parameters))
+              << s << " with " << static_cast<int>(with) << ": " << kNames[i];
+          EXPECT_TRUE(bit_equal(again[i], got[i])) << s << ": " << kNames[i];
+        }
+      }
+    }
+  }
+}
+
 /// More taps than a march takes, in parts.
 TEST(HyenaFirTensorBwdCuda, LongFiltersMatchTheCpuInDouble) {
   SKIP_WITHOUT_CUDA();
@@ -182,7 +250,7 @@ TEST(HyenaFirTensorBwdCuda, LongFiltersMatchTheCpuInDouble) {
   }
 }
 
-/// What no tensor core takes: more taps with states, narrow groups.
+/// What no tensor core takes: more taps with states, narrow groups with states.
 TEST(HyenaFirTensorBwdCuda, OtherShapesFallBack) {
   SKIP_WITHOUT_CUDA();
   for (const Shape& s : {Shape{1, 300, 64, 4, 200}, Shape{1, 300, 64, 4, 1024},

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include "sarissa/kernels/fir/fir_channel_plan.h"
 #include "sarissa/kernels/fir/fir_tensor_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
@@ -14,6 +15,7 @@ namespace {
 
 using at::Tensor;
 using kernels::DType;
+using kernels::FirChannelFwd;
 using kernels::FirTensorFwd;
 using test::bit_equal;
 using test::kA100;
@@ -81,6 +83,53 @@ TEST(HyenaFirTensorPlan, StripsCoverTime) {
   }
 }
 
+TEST(HyenaFirChannelPlan, TakesOtherGroups) {
+  const auto takes = [](const Shape& s) { return fir_channel_takes(plan_problem(s), kBF16); };
+  for (const int64_t W : {15, 16, 128, 1024}) EXPECT_TRUE(takes({2, 99, 4096, 4096, W})) << W;
+  for (const int64_t width : {1, 2, 4, 8}) EXPECT_TRUE(takes({2, 99, 64, 64 / width, 128}));
+  EXPECT_TRUE(takes({2, 99, 72, 3, 128}));
+  EXPECT_TRUE(takes({2, 99, 8, 1, 128}));
+  EXPECT_FALSE(takes({2, 99, 64, 4, 128}));
+  EXPECT_FALSE(takes({2, 99, 60, 60, 128}));
+  EXPECT_FALSE(takes({2, 99, 64, 64, 14}));
+  EXPECT_FALSE(takes({2, 99, 64, 64, 1025}));
+  EXPECT_FALSE(fir_channel_takes(plan_problem({2, 99, 64, 64, 128}), DType::kFloat32));
+  EXPECT_FALSE(fir_channel_fwd_plan(plan_problem({2, 99, 64, 4, 128}), kBF16, kH100));
+}
+
+TEST(HyenaFirChannelPlan, FitsTheSharedMemoryOfEveryGpu) {
+  for (const int64_t shared : {kH100, kA100, kSmall}) {
+    for (int64_t W = 15; W <= 1024; ++W) {
+      const FirChannelFwd plan =
+          fir_channel_fwd_plan(plan_problem({1, 8192, 4096, 4096, W}), kBF16, shared);
+      ASSERT_TRUE(plan) << W << " taps, " << shared;
+      EXPECT_LE(plan.shared_bytes + 1024, shared) << W;
+      EXPECT_GE(16 * (plan.lags - 1), W - 1) << W;
+      EXPECT_GE(plan.history, plan.lags - 1 + plan.tile_blocks()) << W;
+      EXPECT_EQ(plan.history % plan.tile_blocks(), 0) << W;
+    }
+  }
+  const auto name = [](int64_t W, int64_t shared) {
+    return fir_channel_fwd_plan(plan_problem({1, 8192, 4096, 4096, W}), kBF16, shared).name;
+  };
+  EXPECT_STREQ(name(128, kH100), "channel_32");
+  EXPECT_STREQ(name(128, kA100), "channel_32");
+  EXPECT_STREQ(name(1024, kH100), "channel_16");
+  EXPECT_STREQ(name(1024, kSmall), "channel_8");
+}
+
+TEST(HyenaFirChannelPlan, StripsCoverTime) {
+  for (const Shape& s : {Shape{1, 2, 64, 64, 15}, Shape{2, 129, 72, 3, 128},
+                         Shape{1, 8192, 4096, 512, 128}, Shape{1, 131072, 4096, 4096, 128},
+                         Shape{1, 8192, 4096, 4096, 1024}, Shape{300, 77, 256, 256, 30}}) {
+    const FirChannelFwd plan = fir_channel_fwd_plan(plan_problem(s), kBF16, kH100);
+    EXPECT_EQ(plan.steps % plan.tile_steps(), 0) << s;
+    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
+    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+    EXPECT_GE(plan.columns * 8 * plan.slices, s.D) << s;
+  }
+}
+
 /// z, featurizer, taps, skip, featurizer state, inner state, all values of bfloat16; in double.
 struct Problem {
   Tensor z, featurizer, taps, skip, featurizer_state, inner_state;
@@ -122,19 +171,26 @@ const std::vector<Shape> kShapes = {
     {1, 3000, 1024, 64, 128},
 };
 
+/// Groups that are no multiple of 16 channels.
+const std::vector<Shape> kNarrowShapes = {
+    {2, 17, 128, 128, 64},  {1, 31, 256, 32, 33},       {2, 127, 64, 16, 128},
+    {1, 128, 72, 3, 100},   {2, 129, 64, 32, 15},       {1, 300, 40, 5, 129},
+    {3, 521, 80, 80, 128},  {1, 1031, 64, 64, 257},     {1, 1500, 64, 8, 1024},
+    {2, 40, 128, 32, 1023}, {1, 3000, 1024, 1024, 128},
+};
+
 /// The bfloat16 rule: at most twice the error of rounding the exact result once. u and taps are
 /// rounded before they are multiplied, besides y.
-TEST(HyenaFirTensorCuda, MatchesTheCpuInDouble) {
-  SKIP_WITHOUT_CUDA();
+void expect_match(const std::vector<Shape>& shapes, const std::string& kernel) {
   const test::PoisonMemory poison;
-  for (const Shape& s : kShapes) {
+  for (const Shape& s : shapes) {
     const Problem exact(s);
     const Problem p = exact.on_gpu(at::kBFloat16);
     for (const bool with_skip : {false, true}) {
       for (const bool with_state : {false, true}) {
         const auto [want, want_state] = exact.run(with_skip, with_state);
         const auto [got, state] = p.run(with_skip, with_state);
-        ASSERT_EQ(ops::last_kernel().substr(0, 7), "tensor_") << s;
+        ASSERT_EQ(ops::last_kernel().substr(0, kernel.size()), kernel) << s;
         EXPECT_LE(relative_rms(got, want), 2 * relative_rms(want.to(at::kBFloat16), want)) << s;
         EXPECT_TRUE(bit_equal(state.featurizer.cpu(), want_state.featurizer.to(at::kBFloat16)))
             << s;
@@ -147,9 +203,19 @@ TEST(HyenaFirTensorCuda, MatchesTheCpuInDouble) {
   }
 }
 
+TEST(HyenaFirTensorCuda, MatchesTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  expect_match(kShapes, "tensor_");
+}
+TEST(HyenaFirTensorCuda, NarrowGroupsMatchTheCpuInDouble) {
+  SKIP_WITHOUT_CUDA();
+  expect_match(kNarrowShapes, "channel_");
+}
+
 TEST(HyenaFirTensorCuda, TakesFloatParameters) {
   SKIP_WITHOUT_CUDA();
-  for (const Shape& s : {Shape{2, 137, 64, 4, 128}, Shape{1, 70, 80, 5, 31}}) {
+  for (const Shape& s : {Shape{2, 137, 64, 4, 128}, Shape{1, 70, 80, 5, 31},
+                         Shape{2, 137, 64, 64, 128}, Shape{1, 270, 80, 10, 31}}) {
     Problem exact(s);
     const Tensor wide = exact.taps = test::randn({s.G, s.W}, 3);
     const Tensor want = std::get<0>(exact.run());
@@ -164,8 +230,10 @@ TEST(HyenaFirTensorCuda, TakesFloatParameters) {
 /// Any other cut changes the order of sums. States are the same bits always.
 TEST(HyenaFirTensorCuda, SplitsCarryTheStates) {
   SKIP_WITHOUT_CUDA();
-  for (const Shape& s : {Shape{1, 300, 64, 4, 128}, Shape{2, 131, 80, 5, 33},
-                         Shape{1, 700, 64, 4, 500}, Shape{1, 4096, 1024, 64, 128}}) {
+  for (const Shape& s :
+       {Shape{1, 300, 64, 4, 128}, Shape{2, 131, 80, 5, 33}, Shape{1, 700, 64, 4, 500},
+        Shape{1, 4096, 1024, 64, 128}, Shape{1, 300, 64, 64, 128}, Shape{2, 131, 40, 5, 33},
+        Shape{1, 700, 64, 16, 500}, Shape{1, 4096, 1024, 512, 128}}) {
     const Problem p = Problem(s).on_gpu(at::kBFloat16);
     const auto [y, state] = p.run();
     for (const int64_t cut : {int64_t{2}, int64_t{16}, int64_t{31}, int64_t{32}, s.W - 1, s.W,
@@ -192,39 +260,42 @@ TEST(HyenaFirTensorCuda, SplitsCarryTheStates) {
 /// Steps sum in single precision, what is not rounded before.
 TEST(HyenaFirTensorCuda, StepsFollowTheSequence) {
   SKIP_WITHOUT_CUDA();
-  const Shape s = {2, 40, 64, 4, 128};
-  const Problem p = Problem(s).on_gpu(at::kBFloat16);
-  const auto [y, state] = p.run();
-  Problem step = p;
-  std::vector<Tensor> rows;
-  for (int64_t t = 0; t < s.L; ++t) {
-    step.z = p.z.slice(1, t, t + 1);
-    const auto [row, next] = step.run();
-    rows.push_back(row);
-    step.featurizer_state = next.featurizer;
-    step.inner_state = next.inner;
+  for (const Shape& s : {Shape{2, 40, 64, 4, 128}, Shape{2, 140, 64, 32, 128}}) {
+    const Problem p = Problem(s).on_gpu(at::kBFloat16);
+    const auto [y, state] = p.run();
+    Problem step = p;
+    std::vector<Tensor> rows;
+    for (int64_t t = 0; t < s.L; ++t) {
+      step.z = p.z.slice(1, t, t + 1);
+      const auto [row, next] = step.run();
+      rows.push_back(row);
+      step.featurizer_state = next.featurizer;
+      step.inner_state = next.inner;
+    }
+    EXPECT_LE(relative_rms(at::cat(rows, 1), y), 5e-3) << s;
+    EXPECT_TRUE(bit_equal(step.inner_state, state.inner)) << s;
   }
-  EXPECT_LE(relative_rms(at::cat(rows, 1), y), 5e-3);
-  EXPECT_TRUE(bit_equal(step.inner_state, state.inner));
 }
 
 TEST(HyenaFirTensorCuda, StridedRowsGiveTheSameBits) {
   SKIP_WITHOUT_CUDA();
-  const Problem p = Problem({2, 131, 64, 4, 128}).on_gpu(at::kBFloat16);
-  const auto [y, state] = p.run();
-  for (const int64_t shift : {0, 8, 1}) {
-    const Tensor wide = at::full({2, 131, 3 * 64 + 16}, std::nan(""), p.z.options());
-    Problem strided = p;
-    strided.z = wide.slice(2, shift, shift + 3 * 64);
-    strided.z.copy_(p.z);
-    const auto [got, got_state] = strided.run();
-    if (shift % 8 == 0) {
-      EXPECT_TRUE(bit_equal(got, y)) << shift;
-    } else {  // not aligned: another kernel
-      EXPECT_EQ(ops::last_kernel(), "stages");
-      EXPECT_LE(relative_rms(got, y), 5e-3);
+  for (const int64_t groups : {4, 16}) {
+    const Problem p = Problem({2, 131, 64, groups, 128}).on_gpu(at::kBFloat16);
+    const auto [y, state] = p.run();
+    for (const int64_t shift : {0, 8, 1}) {
+      const Tensor wide = at::full({2, 131, 3 * 64 + 16}, std::nan(""), p.z.options());
+      Problem strided = p;
+      strided.z = wide.slice(2, shift, shift + 3 * 64);
+      strided.z.copy_(p.z);
+      const auto [got, got_state] = strided.run();
+      if (shift % 8 == 0) {
+        EXPECT_TRUE(bit_equal(got, y)) << shift;
+      } else {  // not aligned: another kernel
+        EXPECT_EQ(ops::last_kernel(), "stages");
+        EXPECT_LE(relative_rms(got, y), 5e-3);
+      }
+      EXPECT_TRUE(bit_equal(got_state.featurizer, state.featurizer)) << shift;
     }
-    EXPECT_TRUE(bit_equal(got_state.featurizer, state.featurizer)) << shift;
   }
 }
 

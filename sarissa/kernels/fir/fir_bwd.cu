@@ -1,6 +1,7 @@
 // Backward of the FIR family for any shape. Sums over time are partial per chunk and added up in
 // order: no atomics, the same bits every run. Few gated taps go to the march, many in bfloat16 to
 // the tensor cores.
+#include "sarissa/kernels/fir/fir_channel_bwd.cuh"
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
 #include "sarissa/kernels/fir/fir_tensor.cuh"
@@ -203,13 +204,17 @@ Status run(const FirBwdParams& params, cudaStream_t stream) {
 }  // namespace
 
 bool fir_bwd_is_native_cuda(const FirBwdParams& params, DType dtype) {
-  return fir_march_takes(params, dtype) || fir_tensor_bwd_plan(params, dtype, shared_memory());
+  return fir_march_takes(params, dtype) || fir_tensor_bwd_plan(params, dtype, shared_memory()) ||
+         fir_channel_bwd_plan(params, dtype, shared_memory());
 }
 
 FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& params, DType dtype) {
   if (const auto plan = fir_march_bwd_plan(params, dtype)) return fir_march_workspace(params, plan);
   if (const auto plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
     return fir_tensor_bwd_workspace(params, plan);
+  }
+  if (const auto plan = fir_channel_bwd_plan(params, dtype, shared_memory())) {
+    return fir_channel_bwd_workspace(params, plan);
   }
   return fir_workspace_cuda(params);
 }
@@ -221,6 +226,9 @@ Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   }
   if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
     return fir_tensor_bwd(params, plan, s);
+  }
+  if (const FirChannelBwd plan = fir_channel_bwd_plan(params, dtype, shared_memory())) {
+    return fir_channel_bwd(params, plan, s);
   }
   switch (dtype) {
     case DType::kFloat64:

@@ -59,6 +59,14 @@ struct ChannelPlace : BlockLane {
   }
 };
 
+/// Sizes in shared memory for kLags lags, of each channel.
+template <int kLags>
+struct ChannelSizes {
+  static constexpr int kHistory = static_cast<int>(fir_channel_history(kLags));  // blocks of u
+  static constexpr int kHistoryBytes = static_cast<int>(16 * fir_channel_units(kHistory));
+  static constexpr int kPairs = static_cast<int>(fir_tensor_pairs(kLags));  // of taps
+};
+
 /// A tile of rows of z or dy in shared memory: rows of kSlices units, the first two those before
 /// the tile. After 8 rows a unit is left out: so the lanes of a warp, which read rows 8 steps apart
 /// together, find them in different banks.
@@ -86,35 +94,35 @@ struct ChannelRows {
     return i * kRowsAtOnce * (kSlices * 8 + 1) / 8 * 16;
   }
 
-  /// Starts the copies of steps `first` on of a stream. `from` is step 0 of the block's first
-  /// channel. Steps that the sequence has not are zeros.
+  /// Where the thread's unit of step t is; `from` is step 0 of the block's first channel.
+  template <class Pointer>
+  __device__ Pointer at_step(Pointer from, int64_t stride, int t) const {
+    return from + t * stride + unit * kFirChannelSlice;
+  }
+  /// Starts the copies of steps `first` on; `from` is at_step(first + row). Steps that the sequence
+  /// has not are zeros.
   __device__ void load(unsigned char* tile, const __nv_bfloat16* from, int64_t stride,
                        int first) const {
-    from += unit * kFirChannelSlice;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
+    for (int i = 0; i < kCopies; ++i, from += kRowsAtOnce * stride) {
       const int t = first + i * kRowsAtOnce + row;
-      copy_async<16>(tile + offset(kBefore + row, unit) + copy_offset(i), from + t * stride,
+      copy_async<16>(tile + offset(kBefore + row, unit) + copy_offset(i), from,
                      active && t >= 0 && t < length);
     }
   }
-  /// Row `before` of the two before `first`.
-  __device__ void load_before(unsigned char* tile, const __nv_bfloat16* from, int64_t stride,
-                              int first, int before) const {
+  /// Of row `before` of the two before `first`; `from` is its at_step.
+  __device__ void load_before(unsigned char* tile, const __nv_bfloat16* from, int first,
+                              int before) const {
     const int t = first - kBefore + before;
-    copy_async<16>(tile + offset(before, unit), from + unit * kFirChannelSlice + t * stride,
-                   active && t >= 0 && t < length);
+    copy_async<16>(tile + offset(before, unit), from, active && t >= 0 && t < length);
   }
-  /// Stores what has taken the place of the tile, to rows `first` on. The thread reads where it
-  /// copies to.
+  /// Stores what has taken the place of a tile. The thread reads where it copies to.
   __device__ void store(const unsigned char* tile, __nv_bfloat16* to, int64_t stride,
                         int first) const {
-    to += unit * kFirChannelSlice;
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const int t = first + i * kRowsAtOnce + row;
-      if (t < length && active) {
-        *reinterpret_cast<uint4*>(to + t * stride) =
+    for (int i = 0; i < kCopies; ++i, to += kRowsAtOnce * stride) {
+      if (first + i * kRowsAtOnce + row < length && active) {
+        *reinterpret_cast<uint4*>(to) =
             *reinterpret_cast<const uint4*>(tile + offset(kBefore + row, unit) + copy_offset(i));
       }
     }
@@ -137,7 +145,7 @@ struct ChannelRows {
 struct TwoFeaturizer {
   Two at[3];
 
-  __device__ TwoFeaturizer() = default;
+  TwoFeaturizer() = default;
   __device__ TwoFeaturizer(const FirParams& p, int third, int d) {
 #pragma unroll
     for (int tap = 0; tap < 3; ++tap) {
@@ -161,11 +169,12 @@ struct TwoFeaturizer {
   }
 };
 
-/// u or dq of a channel in shared memory: the first halves of `blocks` blocks, then the second
-/// halves, where each four blocks change places with the next four: what eight lanes touch
+/// The place of a unit of u or dq of a channel in shared memory, a ring of `blocks` blocks: the
+/// first halves of all blocks, then the second halves, four blocks later. So what eight lanes touch
 /// together, units of neighbouring channels or blocks, lies in different banks.
-__device__ inline int unit_of(int blocks, int half, int block) {
-  return (half * blocks + (block ^ 4 * half)) * 16;
+__device__ inline int ring_place(int blocks, int half, int block) {
+  block += 4 * half;
+  return block < blocks ? block : block - blocks;
 }
 
 /// Column n of a product is block n / 2 + 4 (n % 2) of the tile, so that of a product's sum a lane

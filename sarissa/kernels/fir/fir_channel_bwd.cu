@@ -40,13 +40,10 @@ struct Shared {
   Two edge[2][3][2][kChannels / 2];  // the first two dc of tile n + 1, and those of tile n
 };
 
-/// A channel's unit, of a half of one of its blocks.
+/// A channel's unit, of a half of one of its blocks, modulo two tiles.
 __device__ inline int unit_index(int half, int block) {
-  return half * kBlocks + (block ^ 4 * half);
+  return half * kBlocks + ((block + 4 * half) & (kBlocks - 1));
 }
-
-/// A block's place among those of two tiles.
-__device__ inline int ring(int block) { return block & (kBlocks - 1); }
 
 /// What a warp sums in the products of a tile, for its four channels.
 struct Products {
@@ -54,24 +51,25 @@ struct Products {
 };
 
 /// q and du of the tile whose first block is `own`. dq runs backwards, so that its adjoint filter
-/// has the matrices of the filter: T_j meets u j blocks before, and dq j blocks after.
+/// has the matrices of the filter: T_j meets u j blocks before, and dq j blocks after. `pairs` is
+/// the lane's fragment 0 of the first channel's taps.
+template <int kLags>
 __device__ inline void filter(Products& sums, const uint4 (*u)[kUnits], const uint4 (*dq)[kUnits],
-                              int own, const BlockLane& lane, const uint32_t* pairs, int num_pairs,
-                              int lags) {
+                              int own, const BlockLane& lane, const uint32_t* pairs) {
+  constexpr int kPairs = ChannelSizes<kLags>::kPairs;
   const int half = lane.lane / 8 % 2, channel = lane.lane / 16;
   const int column = own + column_block(lane.lane % 8);
   uint32_t taps[kTeamChannels][3];  // fragments 2 lag - 1 .. 2 lag + 1
 #pragma unroll
   for (int i = 0; i < kTeamChannels; ++i) {
-    taps[i][0] = pairs[i * num_pairs];
+    taps[i][0] = pairs[i * kPairs + 8 * (2 * kLags - 1)];
 #pragma unroll
     for (int k = 0; k < 4; ++k) sums.q[i][k] = sums.du[i][k] = 0.0f;
   }
-#pragma unroll 1
-  for (int lag = lags - 1; lag >= 0; --lag) {
-    const int u_unit = unit_index(half, ring(column - lag));
-    const int dq_unit = unit_index(half, ring(column + lag));
-    pairs -= 16;
+#pragma unroll
+  for (int lag = kLags - 1; lag >= 0; --lag) {
+    const int u_unit = unit_index(half, column - lag);
+    const int dq_unit = unit_index(half, column + lag);
 #pragma unroll
     for (int i = 0; i < kTeamChannels; i += 2) {
       uint32_t u_pairs[4], dq_pairs[4];
@@ -81,8 +79,8 @@ __device__ inline void filter(Products& sums, const uint4 (*u)[kUnits], const ui
       for (int k = 0; k < 2; ++k) {
         uint32_t(&t)[3] = taps[i + k];
         t[2] = t[0];
-        t[1] = pairs[(i + k) * num_pairs + 8];
-        t[0] = pairs[(i + k) * num_pairs];
+        t[1] = pairs[(i + k) * kPairs + 8 * (2 * lag)];
+        t[0] = pairs[(i + k) * kPairs + 8 * (2 * lag - 1)];
         mma(sums.q[i + k], t[1], t[2], t[0], t[1], u_pairs[2 * k], u_pairs[2 * k + 1],
             sums.q[i + k]);
         mma(sums.du[i + k], t[1], t[2], t[0], t[1], dq_pairs[2 * k], dq_pairs[2 * k + 1],
@@ -108,26 +106,24 @@ __device__ inline void add_taps(float (&d_taps)[kTeamChannels][4], const uint4 (
   const int matrix_half = lane.lane / 8 % 2, matrix_channel = lane.lane / 16;
   // Where the word of u from step 8 k + `at` on is, k = 2 block + half. It may be in unit k - 1.
   const auto word = [&](int at, int block, int half) {
-    const bool before = at < 0;
-    const int unit =
-        unit_index(before ? 1 - half : half, ring(before && half == 0 ? block - 1 : block));
-    return unit * 4 + (at & 7) / 2;
+    const int before = at < 0 ? 1 : 0;
+    return unit_index(half ^ before, half == 0 ? block - before : block) * 4 + (at & 7) / 2;
   };
   const auto pair = [&](int i, int first_word, int second_word) {
     const auto* words = reinterpret_cast<const uint32_t*>(u[i]);
     return __byte_perm(words[first_word], words[second_word], halves);
   };
   uint32_t u_pairs[kTeamChannels][3];  // k = 2i - 1 .. 2i + 1
-  {
-    const int a = word(first, own - 1, 1), b = word(second, own - 1, 1);
 #pragma unroll
-    for (int i = 0; i < kTeamChannels; ++i) u_pairs[i][2] = pair(i, a, b);
+  for (int i = 0; i < kTeamChannels; ++i) {
+    u_pairs[i][2] = pair(i, word(first, own - 1, 1), word(second, own - 1, 1));
   }
-#pragma unroll 1
-  for (int block = own; block < own + kFirChannelBlocks; ++block) {
+#pragma unroll
+  for (int step = 0; step < kFirChannelBlocks; ++step) {
+    const int block = own + step;
     const int even_a = word(first, block, 0), even_b = word(second, block, 0);
     const int odd_a = word(first, block, 1), odd_b = word(second, block, 1);
-    const int dq_unit = unit_index(matrix_half, ring(block + lane.lane % 8));
+    const int dq_unit = unit_index(matrix_half, block + lane.lane % 8);
 #pragma unroll
     for (int i = 0; i < kTeamChannels; ++i) {
       u_pairs[i][0] = u_pairs[i][2];
@@ -386,13 +382,14 @@ struct Lane {
   }
 };
 
-template <int kSlices>
+template <int kSlices, int kLags>
 __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
                                   512 / ChannelPlace<kSlices>::kThreads)
     fir_channel_bwd_kernel(const __grid_constant__ FirBwdParams p,
                            const __grid_constant__ FirChannelBwd plan) {
   using Place = ChannelPlace<kSlices>;
   using Rows = ChannelRows<kSlices>;
+  constexpr int kPairs = ChannelSizes<kLags>::kPairs;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<kSlices>*>(shared_bytes);
   const Place at(p);
@@ -404,25 +401,34 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
   // The last two dz of a strip need dc of two steps more, and so a tile more of everything.
   const int last = left <= plan.steps ? tiles - 1 : tiles;
 
-  const auto* const z = static_cast<const BF16*>(p.x) + b * p.x_stride_b + at.channel;
-  const auto* const dy = static_cast<const BF16*>(p.dy) + b * p.dy_stride_b + at.channel;
-  auto* const dx = static_cast<BF16*>(p.dx) + b * p.length * 3 * p.width + at.channel;
-  // Starts the copies of what the gate of tile n takes. Of the rows before a tile a thread copies
-  // one unit of one third.
+  // What the gate of the next tile takes: the thread's rows of z_post and dy of the tile, and of
+  // z_pre and z_value of the tile before. Of the two rows before each a thread copies one unit of
+  // one third.
+  const auto* const x = static_cast<const BF16*>(p.x) + b * p.x_stride_b + at.channel;
+  const int next = begin + (last + 1) * kTile;
   const int before_third = rows.row / kBefore, before_row = rows.row % kBefore;
+  const BF16* z = rows.at_step(x, p.x_stride_l, next + rows.row);
+  const BF16* z_before = rows.at_step(
+      x, p.x_stride_l, (before_third == kPost ? next : next - kTile) - kBefore + before_row);
+  if (before_third < 3) z_before += before_third * p.width;
+  const BF16* dy = rows.at_step(static_cast<const BF16*>(p.dy) + b * p.dy_stride_b + at.channel,
+                                p.dy_stride_l, next + rows.row);
+  const int64_t tile_stride = kTile * p.x_stride_l, dx_stride = 3 * p.width;
   const auto load = [&](int n) {
     const int first = begin + n * kTile, slot = (n - 1) & 1;
     rows.load(shared.post, z, p.x_stride_l, first);
     rows.load(shared.dy, dy, p.dy_stride_l, first);
+    z -= tile_stride;
+    dy -= kTile * p.dy_stride_l;
     rows.load(shared.pre[slot], z + p.width, p.x_stride_l, first - kTile);
     rows.load(shared.value[slot], z + 2 * p.width, p.x_stride_l, first - kTile);
     if (before_third < 3) {
       rows.load_before(before_third == kPost  ? shared.post
                        : before_third == kPre ? shared.pre[slot]
                                               : shared.value[slot],
-                       z + before_third * p.width, p.x_stride_l,
-                       before_third == kPost ? first : first - kTile, before_row);
+                       z_before, before_third == kPost ? first : first - kTile, before_row);
     }
+    z_before -= tile_stride;
     copies_commit();
   };
   load(last + 1);
@@ -444,12 +450,14 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     for (int j = 0; j < 2; ++j) skip.at[j] = load_parameter<BF16>(p.skip, p.skip_is_T, at.d + j);
   }
   auto* const taps =
-      reinterpret_cast<uint32_t*>(shared_bytes + sizeof shared) + at.team_slot() * plan.pairs;
+      reinterpret_cast<uint32_t*>(shared_bytes + sizeof shared) + at.team_slot() * kPairs;
   int channels[kTeamChannels];
 #pragma unroll
   for (int i = 0; i < kTeamChannels; ++i) channels[i] = at.team_channel(p, i);
-  fill_taps(taps, p, plan.group_width, plan.pairs, at.lane, channels);
+  fill_taps(taps, p, plan.group_width, kPairs, at.lane, channels);
 
+  BF16* dx = rows.at_step(static_cast<BF16*>(p.dx) + b * p.length * dx_stride + at.channel,
+                          dx_stride, begin + (tiles - 1) * kTile + rows.row);
   LaneSums sums = {};
   float d_taps[kTeamChannels][4] = {};
   uint4(*const u)[kUnits] = shared.u + at.team_slot();
@@ -465,8 +473,7 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     if (full) {
       if (owned) add_taps(d_taps, u, dq, own, at);
       Products products;
-      filter(products, u, dq, own, at, taps + TapPairs::word(2 * plan.lags - 1, at), plan.pairs,
-             plan.lags);
+      filter<kLags>(products, u, dq, own, at, taps + TapPairs::word(0, at));
       __syncwarp();
       store_sums(u, products.q, own, at);
       store_sums(dq, products.du, own ^ kFirChannelBlocks, at);
@@ -483,9 +490,10 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     __syncthreads();  // dz is there, and dy has been read
     if (owned) {
       const int first = begin + n * kTile;
-      rows.store(shared.post, dx, 3 * p.width, first);
-      rows.store(shared.pre[parity], dx + p.width, 3 * p.width, first);
-      rows.store(shared.value[parity], dx + 2 * p.width, 3 * p.width, first);
+      rows.store(shared.post, dx, dx_stride, first);
+      rows.store(shared.pre[parity], dx + p.width, dx_stride, first);
+      rows.store(shared.value[parity], dx + 2 * p.width, dx_stride, first);
+      dx -= kTile * dx_stride;
     }
     if (n > 0) load(n - 1);
   }
@@ -506,9 +514,9 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
   }
 }
 
-template <int kSlices>
+template <int kSlices, int kLags>
 Status run(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream) {
-  const auto kernel = fir_channel_bwd_kernel<kSlices>;
+  const auto kernel = fir_channel_bwd_kernel<kSlices, kLags>;
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(plan.shared_bytes));
   if (!allowed.ok()) return allowed;
   kernel<<<dim3(plan.columns, plan.strips, p.batch), ChannelPlace<kSlices>::kThreads,
@@ -521,7 +529,17 @@ Status run(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream
 }  // namespace
 
 Status fir_channel_bwd(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream) {
-  return plan.slices == 4 ? run<4>(p, plan, stream) : run<2>(p, plan, stream);
+  const auto with_lags = [&]<int kLags>() {
+    return plan.slices == 4 ? run<4, kLags>(p, plan, stream) : run<2, kLags>(p, plan, stream);
+  };
+  switch (plan.lags) {
+    case 3:
+      return with_lags.template operator()<3>();
+    case 5:
+      return with_lags.template operator()<5>();
+    default:
+      return with_lags.template operator()<9>();
+  }
 }
 
 }  // namespace sarissa::kernels

@@ -15,9 +15,8 @@ constexpr int kFirChannelBwdBlocks = 2 * kFirChannelBlocks;
 /// How the backward takes a problem: a block of threads owns 8 * slices channels and a strip of
 /// `steps` steps.
 struct FirChannelBwd {
-  int slices = 0;  // 0: it does not take the problem
-  int lags = 0;
-  int pairs = 0;        // of taps in shared memory, for each channel
+  int slices = 0;       // 0: it does not take the problem
+  int lags = 0;         // that the kernel knows
   int group_width = 0;  // channels that share taps
   int columns = 0;      // blocks of threads side by side that hold all channels
   int steps = 0, strips = 0;
@@ -36,15 +35,14 @@ inline FirChannelBwd fir_channel_bwd_plan(const FirBwdParams& p, DType dtype, in
       fir_has_states(p) || !fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l)) {
     return plan;
   }
-  plan.lags = static_cast<int>(fir_tensor_lags(p.num_taps));
-  plan.pairs = static_cast<int>(fir_tensor_pairs(plan.lags));
+  plan.lags = fir_channel_lags(p.num_taps);
   plan.group_width = static_cast<int>(p.width / p.groups);
   const auto bytes = [&](int64_t slices) {
     constexpr int64_t kRowTiles = 6, kFeaturizer = 9 * 4, kEdges = 2 * 3 * 2 * 4;
     return 16 * kRowTiles * fir_channel_row_units(slices) +
            kFirChannelSlice * slices *
-               (2 * 16 * fir_channel_units(kFirChannelBwdBlocks) + 4 * plan.pairs + kFeaturizer +
-                kEdges);
+               (2 * 16 * fir_channel_units(kFirChannelBwdBlocks) + 4 * fir_tensor_pairs(plan.lags) +
+                kFeaturizer + kEdges);
   };
   const int slices = kFirTensorBwdShare * (bytes(4) + 1024) <= shared ? 4 : 2;
   plan.shared_bytes = bytes(slices);

@@ -20,15 +20,37 @@ __device__ inline int sum_of(int half, int block) {
   return (half * kFirChannelBlocks + (block ^ 2 * half)) * kSegment;
 }
 
+/// Sizes in shared memory for kLags lags, which are constants where kLags is not 0.
+template <int kLags>
+struct Sizes {
+  int lags, blocks, channel_bytes, pairs;
+
+  __device__ explicit Sizes(const FirChannelFwd& plan)
+      : lags(plan.lags),
+        blocks(plan.history),
+        channel_bytes(plan.history_bytes),
+        pairs(plan.pairs) {
+    if constexpr (kLags > 0) {
+      using Known = ChannelSizes<kLags>;
+      lags = kLags;
+      blocks = Known::kHistory;
+      channel_bytes = Known::kHistoryBytes;
+      pairs = Known::kPairs;
+    }
+  }
+};
+
 /// The history of u of all channels, a ring of `blocks` blocks.
 struct Ring {
   unsigned char* begin;
   int blocks, channel_bytes;
 
-  __device__ Ring(unsigned char* begin, const FirChannelFwd& plan)
-      : begin(begin), blocks(plan.history), channel_bytes(plan.history_bytes) {}
+  template <int kLags>
+  __device__ Ring(unsigned char* begin, const Sizes<kLags>& sizes)
+      : begin(begin), blocks(sizes.blocks), channel_bytes(sizes.channel_bytes) {}
   __device__ uint4* unit(int slot, int half, int block) const {
-    return reinterpret_cast<uint4*>(begin + slot * channel_bytes + unit_of(blocks, half, block));
+    return reinterpret_cast<uint4*>(begin + slot * channel_bytes) + half * blocks +
+           ring_place(blocks, half, block);
   }
 };
 
@@ -71,59 +93,47 @@ __device__ inline void store_state_rows(const FirParams& p, int b, int d, int t,
 /// q of a warp's four channels: block after block of the history from `oldest` on, the block that
 /// the oldest taps of the tile's first block meet. `pairs` is the lane's fragment 2 lags - 1 of the
 /// first channel's taps.
+template <int kLags>
 __device__ inline void sum_history(float (&q)[kTeamChannels][4], const Ring& ring, int slot,
                                    int oldest, const BlockLane& lane, const uint32_t* pairs,
-                                   int num_pairs, int lags) {
+                                   const Sizes<kLags>& sizes) {
   // Matrices of an ldmatrix: the halves of one channel, then of the next.
   const int half = lane.lane / 8 % 2;
   const unsigned char* const from =
       ring.begin + (slot + lane.lane / 16) * ring.channel_bytes + half * ring.blocks * 16;
   int block = oldest + column_block(lane.lane % 8);
   if (block >= ring.blocks) block -= ring.blocks;
+  block = ring_place(ring.blocks, half, block);
   uint32_t taps[kTeamChannels][3];  // fragments 2 lag - 1 .. 2 lag + 1
-  uint32_t next_u[kTeamChannels / 2][4], next_taps[kTeamChannels][2];  // read one lag ahead
 #pragma unroll
   for (int i = 0; i < kTeamChannels; ++i) {
-    taps[i][0] = pairs[i * num_pairs];
+    taps[i][0] = pairs[i * sizes.pairs];
 #pragma unroll
     for (int k = 0; k < 4; ++k) q[i][k] = 0.0f;
   }
-  const auto load_next = [&] {
-    const unsigned char* const unit = from + (block ^ 4 * half) * 16;
+  constexpr int kUnroll = kLags > 0 ? kLags : 4;
+#pragma unroll kUnroll
+  for (int lag = sizes.lags - 1; lag >= 0; --lag) {
+    const unsigned char* const unit = from + block * 16;
     pairs -= 16;
 #pragma unroll
-    for (int i = 0; i < kTeamChannels; ++i) {
-      if (i % 2 == 0) load_matrices(next_u[i / 2], unit + i * ring.channel_bytes);
-      next_taps[i][0] = pairs[i * num_pairs];
-      next_taps[i][1] = pairs[i * num_pairs + 8];
-    }
-    ++block;
-    if (block == ring.blocks) block = 0;
-  };
-  const auto add = [&](bool more) {
-    uint32_t u[kTeamChannels / 2][4];
+    for (int i = 0; i < kTeamChannels; i += 2) {
+      uint32_t u[4];
+      load_matrices(u, unit + i * ring.channel_bytes);
 #pragma unroll
-    for (int i = 0; i < kTeamChannels; ++i) {
-      taps[i][2] = taps[i][0];
-      taps[i][1] = next_taps[i][1];
-      taps[i][0] = next_taps[i][0];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) u[i / 2][k] = next_u[i / 2][k];
+      for (int k = 0; k < 2; ++k) {
+        uint32_t(&t)[3] = taps[i + k];
+        t[2] = t[0];
+        t[1] = pairs[(i + k) * sizes.pairs + 8];
+        t[0] = pairs[(i + k) * sizes.pairs];
+        mma(q[i + k], t[1], t[2], t[0], t[1], u[2 * k], u[2 * k + 1], q[i + k]);
+      }
     }
-    if (more) load_next();
-#pragma unroll
-    for (int i = 0; i < kTeamChannels; ++i) {
-      const uint32_t(&t)[3] = taps[i];
-      mma(q[i], t[1], t[2], t[0], t[1], u[i / 2][i % 2 * 2], u[i / 2][i % 2 * 2 + 1], q[i]);
-    }
-  };
-  load_next();
-#pragma unroll 2
-  for (int lag = lags - 1; lag > 0; --lag) add(true);
-  add(false);
+    if (++block == ring.blocks) block = 0;
+  }
 }
 
-template <int kSlices>
+template <int kSlices, int kLags>
 __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
                                   512 / ChannelPlace<kSlices>::kThreads)
     fir_channel_fwd_kernel(const __grid_constant__ FirParams p,
@@ -139,16 +149,22 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
   const int start = begin - min(begin, ceil_div(plan.lags - 1, kFirChannelBlocks) * kTile);
 
   extern __shared__ __align__(16) unsigned char shared[];
-  const Ring ring(shared + 2 * kStageBytes, plan);
+  const Sizes<kLags> sizes(plan);
+  const Ring ring(shared + 2 * kStageBytes, sizes);
   auto* const sums = reinterpret_cast<float*>(ring.begin + Place::kChannels * ring.channel_bytes);
   auto* const taps = reinterpret_cast<uint32_t*>(sums + Place::kChannels * kSumFloats) +
-                     at.team_slot() * plan.pairs;
+                     at.team_slot() * sizes.pairs;
 
-  const auto* const z = static_cast<const BF16*>(p.x) + b * p.x_stride_b + at.channel;
-  auto* const y = static_cast<BF16*>(p.y) + b * p.length * p.width + at.channel;
-  // The rows before a tile: a thread copies one unit of one third.
+  // The thread's rows of z of the next tile, and of y. Of the rows before a tile a thread copies
+  // one unit of one third.
   const int before_third = rows.row / kBefore, before_row = rows.row % kBefore;
   const bool copies_before = before_third < 3;
+  const auto* const x = static_cast<const BF16*>(p.x) + b * p.x_stride_b + at.channel;
+  const BF16* z = rows.at_step(x, p.x_stride_l, start + rows.row);
+  const BF16* z_before = rows.at_step(x, p.x_stride_l, start - kBefore + before_row);
+  if (copies_before) z_before += before_third * p.width;
+  BF16* y = rows.at_step(static_cast<BF16*>(p.y) + b * p.length * p.width + at.channel, p.width,
+                         begin + rows.row);
   const auto load = [&](unsigned char* stage, int first) {
     if (first < end) {
 #pragma unroll
@@ -156,9 +172,10 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
         rows.load(stage + third * Rows::kBytes, z + third * p.width, p.x_stride_l, first);
       }
       if (copies_before && first > 0) {
-        rows.load_before(stage + before_third * Rows::kBytes, z + before_third * p.width,
-                         p.x_stride_l, first, before_row);
+        rows.load_before(stage + before_third * Rows::kBytes, z_before, first, before_row);
       }
+      z += kTile * p.x_stride_l;
+      z_before += kTile * p.x_stride_l;
     }
     copies_commit();
   };
@@ -181,8 +198,8 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
   int channels[kTeamChannels];
 #pragma unroll
   for (int i = 0; i < kTeamChannels; ++i) channels[i] = at.team_channel(p, i);
-  fill_taps(taps, p, plan.group_width, plan.pairs, at.lane, channels);
-  if (start == 0) load_history(p, b, plan.lags, at, ring);
+  fill_taps(taps, p, plan.group_width, sizes.pairs, at.lane, channels);
+  if (start == 0) load_history(p, b, sizes.lags, at, ring);
   if (blockIdx.z == 0) {
     store_old_states(p, b, rows.row, Rows::kRowsAtOnce, at.channel + rows.unit * kFirChannelSlice);
   }
@@ -197,7 +214,10 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     unsigned char* const other = shared + (parity ^ 1) * kStageBytes;
     copies_wait<0>();
     __syncthreads();  // the tile is there; of the one before, z and u have been read and y is there
-    if (t0 > begin) rows.store(other + Rows::kBytes, y, p.width, t0 - kTile);
+    if (t0 > begin) {
+      rows.store(other + Rows::kBytes, y, p.width, t0 - kTile);
+      y += kTile * p.width;
+    }
     load(other, t0 + kTile);
     const bool owned = t0 >= begin;
     const int t = t0 + at.segment * kSegment;
@@ -223,10 +243,10 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     slice_barrier<kFirChannelTeams>(at.slice);  // u is there, and the pre third has been read
     if (owned) {
       float q[kTeamChannels][4];
-      int oldest = own - (plan.lags - 1);
+      int oldest = own - (sizes.lags - 1);
       if (oldest < 0) oldest += ring.blocks;
-      sum_history(q, ring, at.team_slot(), oldest, at, taps + TapPairs::word(2 * plan.lags - 1, at),
-                  plan.pairs, plan.lags);
+      sum_history(q, ring, at.team_slot(), oldest, at,
+                  taps + TapPairs::word(2 * sizes.lags - 1, at), sizes);
       const int m = at.lane % 4;
 #pragma unroll
       for (int i = 0; i < kTeamChannels; ++i) {
@@ -271,9 +291,9 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
              begin + (end - begin - 1) / kTile * kTile);
 }
 
-template <int kSlices>
+template <int kSlices, int kLags>
 Status run(const FirParams& p, const FirChannelFwd& plan, cudaStream_t stream) {
-  const auto kernel = fir_channel_fwd_kernel<kSlices>;
+  const auto kernel = fir_channel_fwd_kernel<kSlices, kLags>;
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(plan.shared_bytes));
   if (!allowed.ok()) return allowed;
   kernel<<<dim3(plan.columns, p.batch, plan.strips), ChannelPlace<kSlices>::kThreads,
@@ -286,11 +306,13 @@ Status run(const FirParams& p, const FirChannelFwd& plan, cudaStream_t stream) {
 Status fir_channel_fwd(const FirParams& p, const FirChannelFwd& plan, cudaStream_t stream) {
   switch (plan.slices) {
     case 4:
-      return run<4>(p, plan, stream);
+      if (plan.lags == 3) return run<4, 3>(p, plan, stream);
+      if (plan.lags == 5) return run<4, 5>(p, plan, stream);
+      return plan.lags == 9 ? run<4, 9>(p, plan, stream) : run<4, 0>(p, plan, stream);
     case 2:
-      return run<2>(p, plan, stream);
+      return run<2, 0>(p, plan, stream);
     case 1:
-      return run<1>(p, plan, stream);
+      return run<1, 0>(p, plan, stream);
     default:
       return {"the GPU has too little shared memory for the tensor-core kernels"};
   }

@@ -25,6 +25,20 @@ constexpr int64_t fir_channel_row_units(int64_t slices) {
 }
 constexpr int64_t fir_channel_units(int64_t blocks) { return 2 * blocks + 1; }
 
+/// Lags that the kernels know when they are compiled; fewer taps are padded with zeros.
+constexpr int kFirChannelLags[] = {3, 5, 9};
+constexpr int fir_channel_lags(int64_t num_taps) {
+  const int64_t lags = fir_tensor_lags(num_taps);
+  for (const int known : kFirChannelLags) {
+    if (lags <= known) return known;
+  }
+  return static_cast<int>(lags);
+}
+/// Blocks of u that a tile of the forward needs, rounded up to tiles.
+constexpr int64_t fir_channel_history(int64_t lags) {
+  return fir_ceil_div(lags - 1 + kFirChannelBlocks, kFirChannelBlocks) * kFirChannelBlocks;
+}
+
 inline bool fir_channel_takes(const FirParams& p, DType dtype) {
   return fir_many_taps(p, dtype) && !fir_tensor_takes(p, dtype);
 }
@@ -58,9 +72,8 @@ inline FirChannelFwd fir_channel_fwd_plan(const FirParams& p, DType dtype, int64
     FirChannelFwd plan;
     plan.slices = slices;
     plan.name = name;
-    plan.lags = static_cast<int>(fir_tensor_lags(p.num_taps));
-    plan.history = static_cast<int>(
-        fir_ceil_div(plan.lags - 1 + kFirChannelBlocks, kFirChannelBlocks) * kFirChannelBlocks);
+    plan.lags = fir_channel_lags(p.num_taps);
+    plan.history = static_cast<int>(fir_channel_history(plan.lags));
     plan.history_bytes = static_cast<int>(16 * fir_channel_units(plan.history));
     plan.pairs = static_cast<int>(fir_tensor_pairs(plan.lags));
     plan.group_width = static_cast<int>(p.width / p.groups);
