@@ -516,6 +516,9 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
 
 template <int kSlices, int kLags>
 Status run(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream) {
+  static_assert(sizeof(Shared<kSlices>) +
+                    4 * kFirChannelSlice * kSlices * ChannelSizes<kLags>::kPairs ==
+                fir_channel_bwd_shared(kSlices, kLags));
   const auto kernel = fir_channel_bwd_kernel<kSlices, kLags>;
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(plan.shared_bytes));
   if (!allowed.ok()) return allowed;

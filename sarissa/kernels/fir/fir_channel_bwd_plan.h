@@ -12,6 +12,14 @@ namespace sarissa::kernels {
 /// Blocks of u and of dq in shared memory: a tile and the one that the taps reach from there.
 constexpr int kFirChannelBwdBlocks = 2 * kFirChannelBlocks;
 
+/// Shared memory of a block of threads; fir_channel_bwd.cu has the layout.
+constexpr int64_t fir_channel_bwd_shared(int64_t slices, int64_t lags) {
+  constexpr int64_t kRowTiles = 6, kUAndDq = 2 * 16 * fir_channel_units(kFirChannelBwdBlocks);
+  constexpr int64_t kFeaturizer = 9 * 4, kEdges = 2 * 3 * 2 * 4;
+  return 16 * kRowTiles * fir_channel_row_units(slices) +
+         kFirChannelSlice * slices * (kUAndDq + 4 * fir_tensor_pairs(lags) + kFeaturizer + kEdges);
+}
+
 /// How the backward takes a problem: a block of threads owns 8 * slices channels and a strip of
 /// `steps` steps.
 struct FirChannelBwd {
@@ -37,15 +45,9 @@ inline FirChannelBwd fir_channel_bwd_plan(const FirBwdParams& p, DType dtype, in
   }
   plan.lags = fir_channel_lags(p.num_taps);
   plan.group_width = static_cast<int>(p.width / p.groups);
-  const auto bytes = [&](int64_t slices) {
-    constexpr int64_t kRowTiles = 6, kFeaturizer = 9 * 4, kEdges = 2 * 3 * 2 * 4;
-    return 16 * kRowTiles * fir_channel_row_units(slices) +
-           kFirChannelSlice * slices *
-               (2 * 16 * fir_channel_units(kFirChannelBwdBlocks) + 4 * fir_tensor_pairs(plan.lags) +
-                kFeaturizer + kEdges);
-  };
-  const int slices = kFirTensorBwdShare * (bytes(4) + 1024) <= shared ? 4 : 2;
-  plan.shared_bytes = bytes(slices);
+  const int slices =
+      kFirTensorBwdShare * (fir_channel_bwd_shared(4, plan.lags) + 1024) <= shared ? 4 : 2;
+  plan.shared_bytes = fir_channel_bwd_shared(slices, plan.lags);
   if (plan.shared_bytes + 1024 > shared) return plan;
   plan.slices = slices;
   plan.name = slices == 4 ? "channel_32" : "channel_16";
