@@ -46,12 +46,6 @@ const char* dtype_name(at::ScalarType type) {
   throw Error(str("safetensors has no name for dtype ", c10::toString(type)));
 }
 
-struct Entry {
-  at::ScalarType dtype;
-  std::vector<int64_t> shape;
-  uint64_t begin, end;  // bytes from the start of the data
-};
-
 void write_all(int fd, const void* data, size_t size, const std::filesystem::path& path) {
   auto* bytes = static_cast<const char*>(data);
   while (size > 0) {
@@ -73,6 +67,11 @@ struct FileDescriptor {
 }  // namespace
 
 struct SafetensorsFile::Impl {
+  struct Entry {
+    at::ScalarType dtype;
+    std::vector<int64_t> shape;
+    uint64_t begin, end;  // bytes from the start of the data
+  };
   std::filesystem::path path;
   void* mapping = nullptr;
   uint64_t size = 0;
@@ -96,8 +95,8 @@ struct SafetensorsFile::Impl {
   Entry parse_entry(const std::string& name, const nlohmann::json& value) const;
 };
 
-Entry SafetensorsFile::Impl::parse_entry(const std::string& name,
-                                         const nlohmann::json& value) const {
+SafetensorsFile::Impl::Entry SafetensorsFile::Impl::parse_entry(const std::string& name,
+                                                                const nlohmann::json& value) const {
   const auto fail = [&](const char* what) {
     throw Error(str(path.string(), ": tensor '", name, "' has ", what));
   };
@@ -219,7 +218,7 @@ at::ScalarType SafetensorsFile::dtype(const std::string& name) const {
 }
 
 at::Tensor SafetensorsFile::tensor(const std::string& name) const {
-  const Entry& entry = impl_->entry(name);
+  const Impl::Entry& entry = impl_->entry(name);
   at::Tensor result = at::empty(entry.shape, at::TensorOptions().dtype(entry.dtype));
   if (entry.begin < entry.end) {
     std::memcpy(result.mutable_data_ptr(),

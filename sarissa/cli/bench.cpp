@@ -40,7 +40,7 @@ constexpr int64_t kMostCopies = 1024;
 constexpr int64_t kPrefix = 160;  // least steps before a decode step: more than any window
 constexpr int64_t kSteps = 3;     // steps that are checked
 
-struct Options {
+struct BenchOptions {
   std::vector<std::string> ops;
   std::vector<int64_t> lengths = {2048, 8192, 32768, 131072};
   std::vector<int64_t> widths = {4096};
@@ -76,7 +76,7 @@ struct Row {
 
 class Bench {
  public:
-  explicit Bench(const Options& options)
+  explicit Bench(const BenchOptions& options)
       : options_(options),
         device_(ops::parse_device(options.device)),
         dtype_(parse_dtype(options.dtype, device_)),
@@ -398,7 +398,7 @@ class Bench {
     json_ << line.dump() << std::endl;
   }
 
-  const Options options_;
+  const BenchOptions options_;
   const at::Device device_;
   const at::ScalarType dtype_;
   const c10::DeviceGuard guard_;
@@ -414,7 +414,7 @@ void require_positive(const char* option, const std::vector<int64_t>& values) {
   }
 }
 
-void bench_ops(const Options& options) {
+void bench_ops(const BenchOptions& options) {
   static const std::vector<std::string> kDirections = {"fwd", "bwd", "step", "all"};
   if (std::find(kDirections.begin(), kDirections.end(), options.direction) == kDirections.end()) {
     throw UsageError(str("--direction '", options.direction, "': expected fwd, bwd, step or all",
@@ -443,7 +443,7 @@ std::string case_names(bool only_by_name) {
 }
 
 void add_ops(CLI::App& bench) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<BenchOptions>();
   CLI::App* command = bench.add_subcommand(
       "ops", "Check the operators at a layer's shapes, then time them against the memory floor");
   command

@@ -14,7 +14,7 @@
 namespace sarissa::cli {
 namespace {
 
-struct Options {
+struct EvalOptions {
   ModelOptions model;
   data::DataConfig data;
   std::string split = "all";
@@ -24,7 +24,7 @@ struct Options {
   bool json = false;
 };
 
-std::shared_ptr<const data::Corpus> open_split(const Options& options) {
+std::shared_ptr<const data::Corpus> open_split(const EvalOptions& options) {
   if (options.split == "all") return data::open_corpus(options.data.train, options.data);
   const data::Splits splits = data::open_splits(options.data);
   if (options.split == "train") return splits.train;
@@ -34,7 +34,7 @@ std::shared_ptr<const data::Corpus> open_split(const Options& options) {
                        did_you_mean(options.split, {"all", "train", "validation", "test"})));
 }
 
-void eval(const Options& options) {
+void eval(const EvalOptions& options) {
   if (options.context < 1) {
     throw UsageError(str("--context ", options.context, ": must be at least 1"));
   }
@@ -68,7 +68,7 @@ void eval(const Options& options) {
 }  // namespace
 
 void add_eval(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<EvalOptions>();
   CLI::App* command = program.add_subcommand("eval", "Loss of a model on a file");
   add_model_options(*command, options->model);
   command

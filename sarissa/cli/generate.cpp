@@ -16,7 +16,7 @@
 namespace sarissa::cli {
 namespace {
 
-struct Options {
+struct GenerateOptions {
   ModelOptions model;
   std::vector<std::string> prompts;
   std::string prompt_file;
@@ -52,7 +52,7 @@ std::vector<std::string> read_prompts(const std::string& path) {
   return {text};
 }
 
-void generate(const Options& options) {
+void generate(const GenerateOptions& options) {
   if (options.prompts.empty() == options.prompt_file.empty()) {
     throw UsageError("give either --prompt TEXT or --prompt-file FILE");
   }
@@ -91,7 +91,7 @@ void generate(const Options& options) {
 }  // namespace
 
 void add_generate(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<GenerateOptions>();
   auto& sampling = options->generate.sampling;
   sampling.vocabulary = kByteIds;
   CLI::App* command = program.add_subcommand("generate", "Continue a prompt");

@@ -10,7 +10,7 @@
 namespace sarissa::cli {
 namespace {
 
-struct Options {
+struct InitOptions {
   std::string preset;
   std::string directory;
   uint64_t seed = 0;
@@ -18,7 +18,7 @@ struct Options {
   bool force = false;
 };
 
-void init(const Options& options) {
+void init(const InitOptions& options) {
   const model::ModelConfig config = model::preset(options.preset);
   const at::ScalarType dtype = parse_dtype(options.dtype, at::kCPU);
   if (std::filesystem::exists(options.directory) && !std::filesystem::is_empty(options.directory) &&
@@ -36,7 +36,7 @@ void init(const Options& options) {
 }  // namespace
 
 void add_init(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<InitOptions>();
   CLI::App* command =
       program.add_subcommand("init", "Write a model with random weights; nothing is downloaded");
   std::string names;

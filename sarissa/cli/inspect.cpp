@@ -19,7 +19,7 @@ namespace {
 
 constexpr int64_t kFloat32 = 4, kBFloat16 = 2;  // bytes per element
 
-struct Options {
+struct InspectOptions {
   std::string model;
   bool json = false;
 };
@@ -80,7 +80,7 @@ void print(const nlohmann::ordered_json& model) {
   for (const auto& [key, value] : model["config"].items()) line("  " + key, value.dump());
 }
 
-void inspect(const Options& options) {
+void inspect(const InspectOptions& options) {
   const nlohmann::ordered_json model = describe(find_config(options.model));
   if (options.json) {
     std::cout << model.dump() << "\n";
@@ -92,7 +92,7 @@ void inspect(const Options& options) {
 }  // namespace
 
 void add_inspect(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<InspectOptions>();
   CLI::App* command =
       program.add_subcommand("inspect", "Show a model's layers, sizes and settings");
   command->add_option("model", options->model, "Model directory, or the name of a preset")

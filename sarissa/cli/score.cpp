@@ -19,7 +19,7 @@
 namespace sarissa::cli {
 namespace {
 
-struct Options {
+struct ScoreOptions {
   ModelOptions model;
   std::string input;
   infer::ScoreOptions score;
@@ -51,7 +51,7 @@ infer::Score score_both_strands(const model::Decoder& decoder, const infer::Read
 }
 
 // Writes one record's line (or lines), piece by piece: a record may have any length.
-void write_score(const Options& options, const std::string& id, const model::Decoder& decoder,
+void write_score(const ScoreOptions& options, const std::string& id, const model::Decoder& decoder,
                  const infer::ReadPiece& read) {
   const std::string quoted =
       nlohmann::json(id).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
@@ -86,7 +86,7 @@ void write_score(const Options& options, const std::string& id, const model::Dec
   std::cout.flush();
 }
 
-void score(const Options& options) {
+void score(const ScoreOptions& options) {
   if (options.per_token && options.reverse_complement) {
     throw UsageError(
         "--per-token with --reverse-complement: the strands see different contexts, so there is no "
@@ -122,7 +122,7 @@ void score(const Options& options) {
 }  // namespace
 
 void add_score(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ScoreOptions>();
   CLI::App* command = program.add_subcommand("score", "Log-likelihoods of records");
   add_model_options(*command, options->model);
   command

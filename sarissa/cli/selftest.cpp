@@ -154,12 +154,12 @@ void print_json(const Result& result) {
   std::cout << line.dump() << "\n";
 }
 
-struct Options {
+struct SelftestOptions {
   std::string device = "auto";
   bool json = false;
 };
 
-void selftest(const Options& options) {
+void selftest(const SelftestOptions& options) {
   const at::Device device = ops::parse_device(options.device);
   log_info("operators on ", device.str(), " against the CPU loops in double precision");
   if (!options.json) print_header();
@@ -180,7 +180,7 @@ void selftest(const Options& options) {
 }  // namespace
 
 void add_selftest(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<SelftestOptions>();
   CLI::App* command = program.add_subcommand("selftest", "Check every operator on this machine");
   add_device_option(*command, options->device);
   command->add_flag("--json", options->json,

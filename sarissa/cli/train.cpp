@@ -16,7 +16,7 @@
 namespace sarissa::cli {
 namespace {
 
-struct Options {
+struct TrainOptions {
   std::string config;
   bool resume = false;
   bool dry_run = false;
@@ -38,7 +38,7 @@ void restart_with_short_spins() {
   ::execv("/proc/self/exe", arguments.data());  // returns only when it failed: go on as we are
 }
 
-void train_command(const CLI::App& command, const Options& options) {
+void train_command(const CLI::App& command, const TrainOptions& options) {
   const auto overrides =
       train::parse_overrides(command.remaining(), {"--resume", "--dry-run", "--help"});
   const train::RunConfig config = train::load_run_config(options.config, overrides);
@@ -54,7 +54,7 @@ void train_command(const CLI::App& command, const Options& options) {
 }  // namespace
 
 void add_train(CLI::App& program) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<TrainOptions>();
   CLI::App* command = program.add_subcommand("train", "Train a model from a TOML file");
   command->add_option("config", options->config, "Configuration file (see configs/)")
       ->required()

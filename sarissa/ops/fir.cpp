@@ -11,6 +11,7 @@
 #include "sarissa/kernels/fir/fir_tensor_plan.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
+#include "sarissa/ops/rows.h"
 
 namespace sarissa::ops {
 namespace {
@@ -116,11 +117,6 @@ void copy_last_rows(const OptionalTensor& state, const Tensor& x, const Tensor& 
 const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 void* mutable_data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-/// x itself where its channels are neighbours in memory, else a contiguous copy.
-Tensor with_contiguous_channels(const Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-
 Tensor contiguous_as(const Tensor& t, at::ScalarType type) { return t.to(type).contiguous(); }
 
 /// The arguments in the kernels' form. Points the parameters at tensors that it owns.
@@ -132,7 +128,7 @@ struct Inputs {
 
   template <class Params, class TakesNatively>
   Inputs(const Arguments& a, DType dtype, Params& p, const TakesNatively& takes_natively)
-      : options(a.x.options().dtype(accumulation_type(a.x))), x(with_contiguous_channels(a.x)) {
+      : options(a.x.options().dtype(accumulation_type(a.x))), x(channels_contiguous(a.x)) {
     p.batch = a.batch();
     p.length = a.length();
     p.width = a.width();
@@ -262,7 +258,7 @@ Gradients backward(const Arguments& a, const Tensor& dy, const OptionalTensor& d
     if (a.gated()) g.featurizer.zero_();
   } else if (!a.x.is_meta()) {
     kernels::FirBwdParams p{};
-    const Tensor dy_rows = with_contiguous_channels(dy);
+    const Tensor dy_rows = channels_contiguous(dy);
     p.dy = data(dy_rows);
     p.dy_stride_b = dy_rows.stride(0);
     p.dy_stride_l = dy_rows.stride(1);
@@ -462,16 +458,16 @@ std::tuple<Tensor, Tensor, Tensor> hyena_fir_autograd(const Tensor& z, const Ten
   return {out[0], out[1], out[2]};
 }
 
-void register_kernels(torch::Library& m) {
+void register_fir(torch::Library& m) {
   m.impl("fir", fir_kernel);
   m.impl("fir_bwd", fir_bwd_kernel);
   m.impl("hyena_fir", hyena_fir_kernel);
   m.impl("hyena_fir_bwd", hyena_fir_bwd_kernel);
 }
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_fir(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_fir(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_fir(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) {
   m.impl("fir", fir_autograd);
   m.impl("hyena_fir", hyena_fir_autograd);

@@ -123,14 +123,14 @@ Tensor glu_autograd(const Tensor& gate_up, c10::string_view gate) {
   return Glu::apply(gate_up, std::string(gate));
 }
 
-void register_kernels(torch::Library& m) {
+void register_glu(torch::Library& m) {
   m.impl("glu", glu_fwd);
   m.impl("glu_bwd", glu_bwd);
 }
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_glu(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_glu(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_glu(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) { m.impl("glu", glu_autograd); }
 
 }  // namespace

@@ -213,14 +213,14 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   }
 };
 
-void register_kernels(torch::Library& m) {
+void register_loss(torch::Library& m) {
   m.impl("cross_entropy", cross_entropy_fwd);
   m.impl("cross_entropy_bwd", cross_entropy_bwd);
 }
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_loss(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_loss(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_loss(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) { m.impl("cross_entropy", cross_entropy_autograd); }
 TORCH_LIBRARY_IMPL(sarissa, CompositeImplicitAutograd, m) {
   m.impl("linear_cross_entropy", linear_cross_entropy);

@@ -10,6 +10,7 @@
 #include "sarissa/kernels/modal/modal_tensor_bwd.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
+#include "sarissa/ops/rows.h"
 
 namespace sarissa::ops {
 namespace {
@@ -21,9 +22,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-/// Channels next to each other in memory.
-Tensor channels_contiguous(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
 /// Contiguous, and begins at a multiple of 16 bytes.
 Tensor aligned(const Tensor& t) {
@@ -484,16 +482,16 @@ HyenaOutputs hyena_modal_autograd(const Tensor& z, const Tensor& featurizer,
   return {out[0], out[1], out[2], out[3]};
 }
 
-void register_kernels(torch::Library& m) {
+void register_modal(torch::Library& m) {
   m.impl("modal", modal_impl);
   m.impl("modal_bwd", modal_bwd_impl);
   m.impl("hyena_modal", hyena_modal_impl);
   m.impl("hyena_modal_bwd", hyena_modal_bwd_impl);
 }
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_modal(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_modal(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_modal(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) {
   m.impl("modal", modal_autograd);
   m.impl("hyena_modal", hyena_modal_autograd);

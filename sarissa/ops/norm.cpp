@@ -203,15 +203,15 @@ std::tuple<Tensor, Tensor> residual_rms_norm_autograd(const Tensor& x, const Ten
   return {out[0], out[1]};
 }
 
-void register_kernels(torch::Library& m) {
+void register_norm(torch::Library& m) {
   m.impl("rms_norm", rms_norm);
   m.impl("residual_rms_norm", residual_rms_norm_fwd);
   m.impl("rms_norm_bwd", rms_norm_bwd);
 }
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_norm(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_norm(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_norm(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) {
   m.impl("rms_norm", rms_norm_autograd);
   m.impl("residual_rms_norm", residual_rms_norm_autograd);

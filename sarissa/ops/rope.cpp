@@ -95,14 +95,14 @@ Tensor rope_autograd(const Tensor& x, const Tensor& inv_freq, int64_t position, 
   return Rope::apply(x, inv_freq, position, scale);
 }
 
-void register_kernels(torch::Library& m) {
+void register_rope(torch::Library& m) {
   m.impl("rope", rope_fwd);
   m.impl("rope_bwd", rope_bwd);
 }
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_rope(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_rope(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_rope(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) { m.impl("rope", rope_autograd); }
 
 }  // namespace

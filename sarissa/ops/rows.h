@@ -1,4 +1,4 @@
-// Views of tensors as rows, for the operators that work on the last dimension.
+// Layouts that the operators want of the last dimension.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,5 +16,10 @@ inline at::Tensor as_rows(const at::Tensor& x) {
 
 /// Distance of neighbouring rows in elements.
 inline int64_t row_stride(const at::Tensor& rows) { return rows.size(0) > 1 ? rows.stride(0) : 0; }
+
+/// x, or a copy of it where channels (the last dimension) are not neighbours in memory.
+inline at::Tensor channels_contiguous(const at::Tensor& x) {
+  return x.dim() > 0 && x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
+}
 
 }  // namespace sarissa::ops

@@ -9,21 +9,22 @@
 #include "sarissa/kernels/swr/swr.h"
 #include "sarissa/ops/dispatch.h"
 #include "sarissa/ops/ops.h"
+#include "sarissa/ops/rows.h"
 
 namespace sarissa::ops {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using SwrOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-using SwrSignature = Outputs(const at::Tensor& a, const at::Tensor& u, int64_t window,
-                             const OptionalTensor& w, const OptionalTensor& r,
-                             const OptionalTensor& v, const OptionalTensor& index);
-using SwrBwdSignature = Outputs(const at::Tensor& a, const at::Tensor& u, int64_t window,
+using SwrSignature = SwrOutputs(const at::Tensor& a, const at::Tensor& u, int64_t window,
                                 const OptionalTensor& w, const OptionalTensor& r,
-                                const OptionalTensor& v, const OptionalTensor& index,
-                                const at::Tensor& dx, const OptionalTensor& dw,
-                                const OptionalTensor& dr, const OptionalTensor& dv);
+                                const OptionalTensor& v, const OptionalTensor& index);
+using SwrBwdSignature = SwrOutputs(const at::Tensor& a, const at::Tensor& u, int64_t window,
+                                   const OptionalTensor& w, const OptionalTensor& r,
+                                   const OptionalTensor& v, const OptionalTensor& index,
+                                   const at::Tensor& dx, const OptionalTensor& dw,
+                                   const OptionalTensor& dr, const OptionalTensor& dv);
 using PhalanxOutputs =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using PhalanxSignature = PhalanxOutputs(const at::Tensor& abcv, int64_t heads, int64_t kv_heads,
@@ -38,10 +39,6 @@ using PhalanxBwdSignature = PhalanxBwdOutputs(const at::Tensor& abcv, int64_t he
                                               const OptionalTensor& saved, const at::Tensor& dy,
                                               const OptionalTensor& dw, const OptionalTensor& dr,
                                               const OptionalTensor& dv);
-
-at::Tensor channels_contiguous(const at::Tensor& x) {
-  return x.dim() > 0 && x.size(-1) > 1 && x.stride(-1) != 1 ? x.contiguous() : x;
-}
 
 // Null for none.
 const void* data_or_null(const OptionalTensor& x) {
@@ -198,9 +195,9 @@ struct SwrProblem {
   }
 };
 
-Outputs swr_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
-                   const OptionalTensor& w, const OptionalTensor& r, const OptionalTensor& v,
-                   const OptionalTensor& index) {
+SwrOutputs swr_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
+                      const OptionalTensor& w, const OptionalTensor& r, const OptionalTensor& v,
+                      const OptionalTensor& index) {
   const SwrProblem problem("swr", a, u, window, w, r, v, index);
   const at::Tensor x = at::empty(u.sizes(), u.options());
   const StateOutputs out(u, u.size(0), u.size(2), u.size(3));
@@ -215,10 +212,11 @@ Outputs swr_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
   return {x, out.w, out.r, out.v, out.index};
 }
 
-Outputs swr_bwd_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
-                       const OptionalTensor& w, const OptionalTensor& r, const OptionalTensor& v,
-                       const OptionalTensor& index, const at::Tensor& dx, const OptionalTensor& dw,
-                       const OptionalTensor& dr, const OptionalTensor& dv) {
+SwrOutputs swr_bwd_kernel(const at::Tensor& a, const at::Tensor& u, int64_t window,
+                          const OptionalTensor& w, const OptionalTensor& r, const OptionalTensor& v,
+                          const OptionalTensor& index, const at::Tensor& dx,
+                          const OptionalTensor& dw, const OptionalTensor& dr,
+                          const OptionalTensor& dv) {
   const SwrProblem problem("swr_bwd", a, u, window, w, r, v, index);
   TORCH_CHECK(dx.sizes() == u.sizes() && dx.scalar_type() == u.scalar_type(),
               "sarissa::swr_bwd: dx is ", dx.scalar_type(), dx.sizes(), "; expected u's ",
@@ -443,7 +441,7 @@ using torch::autograd::variable_list;
 OptionalTensor saved(const at::Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
 at::Tensor to_save(const OptionalTensor& x) { return x.value_or(at::Tensor()); }
 
-variable_list as_list(AutogradContext* ctx, const Outputs& outputs) {
+variable_list as_list(AutogradContext* ctx, const SwrOutputs& outputs) {
   const auto& [x, w, r, v, index] = outputs;
   ctx->mark_non_differentiable({index});
   ctx->set_materialize_grads(false);
@@ -510,13 +508,13 @@ struct PhalanxFunction : torch::autograd::Function<PhalanxFunction> {
   }
 };
 
-Outputs as_outputs(const variable_list& list) {
+SwrOutputs as_outputs(const variable_list& list) {
   return {list[0], list[1], list[2], list[3], list[4]};
 }
 
-Outputs swr_autograd(const at::Tensor& a, const at::Tensor& u, int64_t window,
-                     const OptionalTensor& w, const OptionalTensor& r, const OptionalTensor& v,
-                     const OptionalTensor& index) {
+SwrOutputs swr_autograd(const at::Tensor& a, const at::Tensor& u, int64_t window,
+                        const OptionalTensor& w, const OptionalTensor& r, const OptionalTensor& v,
+                        const OptionalTensor& index) {
   return as_outputs(SwrFunction::apply(a, u, window, w, r, v, index));
 }
 
@@ -529,23 +527,23 @@ PhalanxOutputs phalanx_autograd(const at::Tensor& abcv, int64_t heads, int64_t k
   return {list[0], list[1], list[2], list[3], list[4], list[5]};
 }
 
-void register_kernels(torch::Library& m) {
+void register_swr(torch::Library& m) {
   m.impl("swr", swr_kernel);
   m.impl("swr_bwd", swr_bwd_kernel);
   m.impl("phalanx", phalanx_kernel);
   m.impl("phalanx_bwd", phalanx_bwd_kernel);
 }
 
-std::tuple<at::Tensor, SwrState> with_state(Outputs outputs) {
+std::tuple<at::Tensor, SwrState> with_state(SwrOutputs outputs) {
   auto& [x, w, r, v, index] = outputs;
   return {x, SwrState{w, r, v, index}};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_kernels(m); }
-TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(sarissa, CPU, m) { register_swr(m); }
+TORCH_LIBRARY_IMPL(sarissa, CUDA, m) { register_swr(m); }
+TORCH_LIBRARY_IMPL(sarissa, Meta, m) { register_swr(m); }
 TORCH_LIBRARY_IMPL(sarissa, Autograd, m) {
   m.impl("swr", swr_autograd);
   m.impl("phalanx", phalanx_autograd);

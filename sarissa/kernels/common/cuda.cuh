@@ -28,7 +28,7 @@ inline Status launch_status(const char* kernel = nullptr) {
 }
 
 /// Launches a kernel that may start while the one before it in the stream ends, on GPUs that can
-/// (programmatic dependent launch): what a short kernel spends before its first instruction is then
+/// (programmatic dependent launch): what a kernel spends before its first instruction is then
 /// hidden. The kernel must call wait_for_earlier_kernels() before it reads or writes global memory.
 template <class... Params, class... Args>
 void launch_early(void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
@@ -49,10 +49,12 @@ void launch_early(void (*kernel)(Params...), dim3 grid, int threads, size_t shar
   cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-/// Waits until everything that was in the stream before this kernel is done; see launch_early.
+/// Waits until everything that was in the stream before this kernel is done; see launch_early. From
+/// then on, the blocks of the next kernel may take the places that this one leaves free.
 __device__ inline void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -247,7 +247,7 @@ Status fir_march_launch(void (*kernel)(Params, FirMarch), dim3 grid, int shared,
                         cudaStream_t stream, const Params& p, const FirMarch& plan) {
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(shared));
   if (!allowed.ok()) return allowed;
-  kernel<<<grid, kFirMarchThreads, shared, stream>>>(p, plan);
+  launch_early(kernel, grid, kFirMarchThreads, static_cast<size_t>(shared), stream, p, plan);
   return launch_status(plan.name);
 }
 

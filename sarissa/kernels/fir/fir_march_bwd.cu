@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(kFirMarchThreads, 1)
   const FirStrip strip(p, plan);
   if (strip.warp_d >= p.width) return;
   const Copies copies(strip);
+  wait_for_earlier_kernels();
 
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
@@ -360,6 +361,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int columns = f_columns + (p.d_skip != nullptr ? width : 0);
   const int column_blocks = ceil_div(columns, 32 * kSumColumns);
   const int block = static_cast<int>(blockIdx.x);
+  wait_for_earlier_kernels();
   if (block < column_blocks) {
     __shared__ float parts[kSumParts][kSumColumns][32];
 #pragma unroll
@@ -412,8 +414,8 @@ Status run(const FirBwdParams& p, const FirMarch& plan, cudaStream_t stream) {
         const int64_t columns = (9 + (p.d_skip != nullptr)) * p.width;
         const int64_t blocks = fir_ceil_div(columns, 32 * kSumColumns) +
                                fir_ceil_div(p.groups * p.num_taps, kSumParts);
-        fir_march_sum_kernel<T><<<static_cast<unsigned>(blocks), kSumThreads, 0, stream>>>(
-            p, static_cast<int>(p.batch) * plan.strips, V);
+        launch_early(fir_march_sum_kernel<T>, dim3(static_cast<unsigned>(blocks)), kSumThreads, 0,
+                     stream, p, static_cast<int>(p.batch) * plan.strips, V);
         return launch_status(plan.name);
       });
 }

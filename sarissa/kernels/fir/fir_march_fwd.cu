@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kFirMarchThreads, 1)
   extern __shared__ __align__(16) unsigned char shared[];
   auto* ring = reinterpret_cast<typename Copies::Row*>(shared);
   const Copies copies(strip);
+  wait_for_earlier_kernels();
   const T* next = static_cast<const T*>(p.x) + strip.b * p.x_stride_b +
                   (strip.begin - warm + copies.row) * p.x_stride_l + copies.channel;
   // Rows of the strip, numbered from its begin, that this lane copies: of post two before it.

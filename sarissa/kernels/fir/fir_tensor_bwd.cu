@@ -718,6 +718,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // The tiles to the right take little time each: all their rows are asked for at once.
   const bool has_right = strip.last_dq > strip.last;
+  wait_for_earlier_kernels();
   FirTensorCopies<Traits, kMode> copies(p, strip, shared);
   copies.start(true);
   if (has_right) {
@@ -803,6 +804,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_channel = (static_cast<int>(blockIdx.x) * kWarps + warp) * kFirBlockSide;
   const bool active = first_channel < p.width;
 
+  wait_for_earlier_kernels();
   FirTensorCopies<Traits, Mode::kLong> copies(p, strip, shared);
   copies.start(true);
   auto& w = shared.warps[warp];
@@ -855,6 +857,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t units = p.width / unit, h_columns = p.width + units * p.num_taps;
   const auto* d_f = static_cast<const float*>(p.featurizer_partial);
   const auto* d_h = static_cast<const float*>(p.taps_partial);
+  wait_for_earlier_kernels();
   const auto sum = [&](const float* from, int64_t stride) {
     float total = 0;
 #pragma unroll 4
@@ -887,12 +890,13 @@ Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream)
     const Status allowed = allow_shared_memory(fir_tensor_bwd_part_kernel<kLags>, shared);
     if (!allowed.ok()) return allowed;
     for (int part = plan.parts - 1; part > 0; --part) {
-      fir_tensor_bwd_part_kernel<kLags><<<grid, kThreads, shared, stream>>>(p, plan, part);
+      launch_early(fir_tensor_bwd_part_kernel<kLags>, grid, kThreads, shared, stream, p, plan,
+                   part);
     }
   }
   const Status allowed = allow_shared_memory(fir_tensor_bwd_kernel<kLags, kMode>, shared);
   if (!allowed.ok()) return allowed;
-  fir_tensor_bwd_kernel<kLags, kMode><<<grid, kThreads, shared, stream>>>(p, plan);
+  launch_early(fir_tensor_bwd_kernel<kLags, kMode>, grid, kThreads, shared, stream, p, plan);
   const Status status = launch_status(plan.name);
   if (!status.ok()) return status;
   return fir_tensor_sum(p, static_cast<int>(p.batch) * plan.strips, kFirBlockSide, plan.name,
@@ -904,8 +908,8 @@ Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream)
 Status fir_tensor_sum(const FirBwdParams& p, int partials, int unit, const char* name,
                       cudaStream_t stream) {
   const int64_t sums = 10 * p.width + p.groups * p.num_taps;
-  fir_tensor_sum_kernel<<<static_cast<unsigned>(fir_ceil_div(sums, kSumThreads)), kSumThreads, 0,
-                          stream>>>(p, partials, unit);
+  launch_early(fir_tensor_sum_kernel, dim3(static_cast<unsigned>(fir_ceil_div(sums, kSumThreads))),
+               kSumThreads, 0, stream, p, partials, unit);
   return launch_status(name);
 }
 

@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(Tiles<kSlices, kTeams>::kThreads,
   history.end = history.begin + history_bytes;
 
   unsigned char* stage = shared;
+  wait_for_earlier_kernels();
 #pragma unroll
   for (int i = 0; i + 1 < kStages; ++i) {
     mover.load(shared + i * Tile::kStageBytes, at.start + i * Tile::kSteps, at.end);
@@ -339,8 +340,8 @@ Status run(const FirParams& p, const FirTensorFwd& plan, cudaStream_t stream) {
   const auto kernel = fir_tensor_fwd_kernel<kSlices, kTeams, kStages>;
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(plan.shared_bytes));
   if (!allowed.ok()) return allowed;
-  kernel<<<dim3(plan.columns, p.batch, plan.strips), Tiles<kSlices, kTeams>::kThreads,
-           plan.shared_bytes, stream>>>(p, plan);
+  launch_early(kernel, dim3(plan.columns, p.batch, plan.strips), Tiles<kSlices, kTeams>::kThreads,
+               static_cast<size_t>(plan.shared_bytes), stream, p, plan);
   return launch_status(plan.name);
 }
 

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kSwrThreads)
   const int64_t strip = blockIdx.x / plan.columns % plan.strips;
   const int64_t row = blockIdx.x / plan.columns / plan.strips;
 
+  wait_for_earlier_kernels();
   const SwrGrid wide_grid = swr_grid(in, row);
   const Grid grid(wide_grid);
   const bool last_complete = wide_grid.last_block_complete();
@@ -491,7 +492,7 @@ Status launch(const SwrBwdParams& params, cudaStream_t stream) {
   const Status allowed = allow_shared_memory(kernel, bytes);
   if (!allowed.ok()) return allowed;
   const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
-  kernel<<<ctas, kSwrThreads, bytes, stream>>>(params, plan);
+  launch_early(kernel, dim3(ctas), kSwrThreads, bytes, stream, params, plan);
   return launch_status(kSaved ? (kWidth > 0 ? "march_saved_packed" : "march_saved")
                               : (kWidth > 0 ? "march_folded_packed" : "march_folded"));
 }

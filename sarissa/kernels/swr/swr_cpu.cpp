@@ -436,12 +436,12 @@ SARISSA_INLINE void fwd(const SwrFwdParams& params, int64_t begin, int64_t end) 
 
 template <class T>
 SARISSA_INLINE void bwd(const SwrBwdParams& params, int64_t begin, int64_t end) {
-  const bool gated = params.in.gated;
-  if (params.in.width == 16) {
-    gated ? bwd_items<T, true, 16>(params, begin, end)
-          : bwd_items<T, false, 16>(params, begin, end);
+  if (!params.in.gated) {
+    bwd_items<T, false, 0>(params, begin, end);
+  } else if (params.in.width == 16 && !std::is_same_v<T, double>) {
+    bwd_items<T, true, std::is_same_v<T, double> ? 0 : 16>(params, begin, end);
   } else {
-    gated ? bwd_items<T, true, 0>(params, begin, end) : bwd_items<T, false, 0>(params, begin, end);
+    bwd_items<T, true, 0>(params, begin, end);
   }
 }
 

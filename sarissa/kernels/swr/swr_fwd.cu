@@ -176,6 +176,7 @@ __global__ void __launch_bounds__(kSwrThreads)
   const int64_t row = i / lanes / strips;
   const int64_t h = channel / in.width, p = channel % in.width;
 
+  wait_for_earlier_kernels();
   const SwrGrid grid = swr_grid(in, row);
   const int64_t blocks = grid.blocks();
   const int64_t first = strip * strip_blocks;
@@ -298,8 +299,8 @@ Status launch(const SwrFwdParams& params, cudaStream_t stream) {
     const Status allowed = allow_shared_memory(kernel, shared);
     if (!allowed.ok()) return allowed;
     const int64_t ctas = ceil_div<int64_t>(in.batch * lanes * plan.strips, kSwrThreads);
-    kernel<<<static_cast<unsigned>(ctas), kSwrThreads, shared, stream>>>(params, plan.strips,
-                                                                         plan.blocks);
+    launch_early(kernel, dim3(static_cast<unsigned>(ctas)), kSwrThreads, shared, stream, params,
+                 plan.strips, plan.blocks);
     return launch_status(name);
   };
   if constexpr (kGated && !kFull && V > 1) {

@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kSwrThreads) swr_step_kernel(SwrFwdParams para
   const int64_t head = row * in.heads + h;
 
   const SwrChannel<T, kGated> at(in, row, h, p);
+  wait_for_earlier_kernels();
   C w[V] = {}, v[V] = {}, r = C(1);
   int64_t index = 0;
   if (in.w != nullptr) {
@@ -68,7 +69,8 @@ template <class T, int V, bool kGated>
 Status launch(const SwrFwdParams& params, cudaStream_t stream) {
   const SwrInputs& in = params.in;
   const int64_t ctas = ceil_div<int64_t>(in.batch * in.heads * in.width, int64_t{V} * kSwrThreads);
-  swr_step_kernel<T, V, kGated><<<static_cast<unsigned>(ctas), kSwrThreads, 0, stream>>>(params);
+  launch_early(swr_step_kernel<T, V, kGated>, dim3(static_cast<unsigned>(ctas)), kSwrThreads, 0,
+               stream, params);
   return launch_status("step");
 }
 
