@@ -431,6 +431,7 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     z_before -= tile_stride;
     copies_commit();
   };
+  wait_for_earlier_kernels();
   load(last + 1);
 
   Lane<kSlices> lane(at, shared);
@@ -522,8 +523,8 @@ Status run(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream
   const auto kernel = fir_channel_bwd_kernel<kSlices, kLags>;
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(plan.shared_bytes));
   if (!allowed.ok()) return allowed;
-  kernel<<<dim3(plan.columns, plan.strips, p.batch), ChannelPlace<kSlices>::kThreads,
-           plan.shared_bytes, stream>>>(p, plan);
+  launch_early(kernel, dim3(plan.columns, plan.strips, p.batch), ChannelPlace<kSlices>::kThreads,
+               static_cast<size_t>(plan.shared_bytes), stream, p, plan);
   const Status status = launch_status(plan.name);
   if (!status.ok()) return status;
   return fir_tensor_sum(p, static_cast<int>(p.batch) * plan.strips, 1, plan.name, stream);

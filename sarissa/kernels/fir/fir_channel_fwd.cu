@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
     }
     copies_commit();
   };
+  wait_for_earlier_kernels();
   load(shared, start);
   if (copies_before && start == 0) {
     auto row = Vector<BF16, 8>::zero();
@@ -296,8 +297,8 @@ Status run(const FirParams& p, const FirChannelFwd& plan, cudaStream_t stream) {
   const auto kernel = fir_channel_fwd_kernel<kSlices, kLags>;
   const Status allowed = allow_shared_memory(kernel, static_cast<size_t>(plan.shared_bytes));
   if (!allowed.ok()) return allowed;
-  kernel<<<dim3(plan.columns, p.batch, plan.strips), ChannelPlace<kSlices>::kThreads,
-           plan.shared_bytes, stream>>>(p, plan);
+  launch_early(kernel, dim3(plan.columns, p.batch, plan.strips), ChannelPlace<kSlices>::kThreads,
+               static_cast<size_t>(plan.shared_bytes), stream, p, plan);
   return launch_status(plan.name);
 }
 
