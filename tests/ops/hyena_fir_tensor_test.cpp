@@ -77,8 +77,10 @@ TEST(HyenaFirTensorPlan, StripsCoverTime) {
                          Shape{300, 77, 256, 16, 30}, Shape{1, 1000003, 64, 4, 500}}) {
     const FirTensorFwd plan = fir_tensor_fwd_plan(plan_problem(s), kBF16, kH100);
     EXPECT_EQ(plan.steps % plan.tile_steps(), 0) << s;
-    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+    EXPECT_EQ(plan.lead % plan.tile_steps(), 0) << s;
+    if (plan.strips == 1) EXPECT_EQ(plan.lead, 0) << s;
+    EXPECT_GE(plan.lead + int64_t{plan.steps} * plan.strips, s.L) << s;
+    EXPECT_LT(plan.lead + int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
     EXPECT_GE(plan.columns * 16 * plan.slices, s.D) << s;
   }
 }
@@ -124,8 +126,10 @@ TEST(HyenaFirChannelPlan, StripsCoverTime) {
                          Shape{1, 8192, 4096, 4096, 1024}, Shape{300, 77, 256, 256, 30}}) {
     const FirChannelFwd plan = fir_channel_fwd_plan(plan_problem(s), kBF16, kH100);
     EXPECT_EQ(plan.steps % plan.tile_steps(), 0) << s;
-    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+    EXPECT_EQ(plan.lead % plan.tile_steps(), 0) << s;
+    if (plan.strips == 1) EXPECT_EQ(plan.lead, 0) << s;
+    EXPECT_GE(plan.lead + int64_t{plan.steps} * plan.strips, s.L) << s;
+    EXPECT_LT(plan.lead + int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
     EXPECT_GE(plan.columns * 8 * plan.slices, s.D) << s;
   }
 }

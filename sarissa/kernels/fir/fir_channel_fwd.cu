@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
   const Place at(p);
   const Rows rows(p, at);
   const int b = static_cast<int>(blockIdx.y), length = static_cast<int>(p.length);
-  const int begin = static_cast<int>(blockIdx.z) * plan.steps;
-  const int end = min(begin + plan.steps, length);
+  const FirForwardStrip strip(p, plan);
+  const int begin = strip.begin, end = strip.end;
   const int start = begin - min(begin, ceil_div(plan.lags - 1, kFirChannelBlocks) * kTile);
 
   extern __shared__ __align__(16) unsigned char shared[];

@@ -54,6 +54,7 @@ struct FirChannelFwd {
   int group_width = 0;    // channels that share taps
   int columns = 0;        // blocks of threads side by side that hold all channels
   int steps = 0, strips = 0;
+  int lead = 0;  // steps that the first strip has more
   int64_t shared_bytes = 0;
   const char* name = nullptr;
 

@@ -65,6 +65,18 @@ __device__ inline void store_old_states(const FirParams& p, int b, int row, int 
   }
 }
 
+/// The strip of the forward that the block of threads has.
+struct FirForwardStrip {
+  int begin, end;
+
+  template <class Plan>
+  __device__ FirForwardStrip(const FirParams& p, const Plan& plan) {
+    const int strip = static_cast<int>(blockIdx.z);
+    begin = strip > 0 ? plan.lead + strip * plan.steps : 0;
+    end = min(plan.lead + (strip + 1) * plan.steps, static_cast<int>(p.length));
+  }
+};
+
 /// Waits for the warps of a slice.
 template <int kTeams>
 __device__ inline void slice_barrier(int slice) {

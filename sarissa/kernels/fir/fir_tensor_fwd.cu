@@ -52,8 +52,9 @@ struct Place : BlockLane {
     d = channel + slice * kFirBlockSide;
     active = d < p.width;
     d = active ? d : channel;
-    begin = static_cast<int>(blockIdx.z) * plan.steps;
-    end = min(begin + plan.steps, static_cast<int>(p.length));
+    const FirForwardStrip strip(p, plan);
+    begin = strip.begin;
+    end = strip.end;
     const int reach = (plan.lags - 1) * kFirBlockSide;
     start = begin - min(begin, ceil_div(reach, Tile::kSteps) * Tile::kSteps);
   }

@@ -61,6 +61,7 @@ struct FirTensorFwd {
   int group_width = 0;  // channels that share taps
   int columns = 0;      // blocks of threads side by side that hold all channels
   int steps = 0, strips = 0;
+  int lead = 0;  // steps that the first strip has more
   int64_t shared_bytes = 0;
   const char* name = nullptr;
 
@@ -91,25 +92,32 @@ inline FirTensorFwd fir_tensor_fwd_variant(const FirParams& p, int slices, int t
 }
 
 /// Cuts time into strips such that it lasts least with `share` blocks of threads at a time on each
-/// multiprocessor; returns how long, in a unit of its own.
+/// multiprocessor; returns how long, in a unit of its own. The first strip need not start early, so
+/// it is longer by what the others lose.
 template <class Plan>
 int64_t fir_tensor_fwd_cut(const FirParams& p, int share, Plan& plan) {
   const int64_t places = share * kFirMultiprocessors, blocks = plan.columns * p.batch;
   const int64_t tiles = fir_ceil_div(p.length, plan.tile_steps());
-  const int64_t warm = fir_ceil_div(plan.lags - 1, plan.tile_blocks());
+  const int64_t before = fir_ceil_div(plan.lags - 1, plan.tile_blocks());
+  // A tile before the strip takes half the time of one in it, less where the taps are many, and the
+  // start as long as it. Alone on a multiprocessor, a block of threads leaves memory idle at times.
+  constexpr int64_t kBefore = 32;
+  const int64_t inside = 64 + std::max<int64_t>(0, plan.lags - 17) * 7 / 8;
   constexpr int64_t kMostTurns = 4;
   const int64_t most = std::clamp<int64_t>(kMostTurns * places / blocks, 1, tiles);
   int64_t best_time = std::numeric_limits<int64_t>::max();
   for (int64_t strips = 1; strips <= most; ++strips) {
+    const int64_t lost = strips > 1 ? before * kBefore : 0, lead = lost / inside;
+    if (lead >= tiles) break;
     const int64_t turns = fir_ceil_div(blocks * strips, places);
-    // A tile before the strip takes half the time of one in it, and the start as much again. Alone
-    // on a multiprocessor, a block of threads leaves memory idle now and then.
-    const int64_t half_tiles = 2 * fir_ceil_div(tiles, strips) + (strips > 1 ? warm : 0) + 1;
-    const int64_t time = turns * half_tiles * (share == 1 ? 83 : 80 * share);
+    const int64_t strip_tiles = fir_ceil_div(tiles - lead, strips);
+    const int64_t time =
+        turns * (strip_tiles * inside + lost + kBefore) * (share == 1 ? 83 : 80 * share);
     if (time >= best_time) continue;
     best_time = time;
-    plan.steps = static_cast<int>(fir_ceil_div(tiles, strips)) * plan.tile_steps();
-    plan.strips = static_cast<int>(fir_ceil_div(p.length, plan.steps));
+    plan.steps = static_cast<int>(strip_tiles) * plan.tile_steps();
+    plan.lead = static_cast<int>(lead) * plan.tile_steps();
+    plan.strips = static_cast<int>(fir_ceil_div(p.length - plan.lead, plan.steps));
   }
   return best_time;
 }
