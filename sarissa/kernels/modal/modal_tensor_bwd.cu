@@ -109,11 +109,11 @@ struct BackwardMarch {
       const bool good = left > half * kHalf;
 #pragma unroll
       for (int third = 0; third < (kArriving ? 1 : 3); ++third) {
-        copy_async<16>(to + third * sizeof(Rows) + half * kHalfBytes,
-                       z + 2 * (third * in.width + half * kHalf * in.u_time_stride), good);
+        copy_async_line(to + third * sizeof(Rows) + half * kHalfBytes,
+                        z + 2 * (third * in.width + half * kHalf * in.u_time_stride), good);
       }
-      copy_async<16>(to + kDy * sizeof(Rows) + half * kHalfBytes,
-                     dy + 2 * (half * kHalf * p.dy_time_stride), good);
+      copy_async_line(to + kDy * sizeof(Rows) + half * kHalfBytes,
+                      dy + 2 * (half * kHalf * p.dy_time_stride), good);
     }
     if (thread < 12) {
       const int third = thread / 4, before = static_cast<int>(thread / 2 % 2) - 2;
@@ -593,10 +593,10 @@ struct BackwardMarch {
       send_adjoint();
       return;
     }
+    const LastOfMode last = last_of_mode();
     barrier();
+    finish_filter(last);
     finish_featurizer(stage);
-#pragma unroll
-    for (int q = 0; q < 2; ++q) finish_filter(q);
   }
 
   __device__ int64_t adjoint_at(int of_chunk, int q, int m) const {
@@ -681,65 +681,85 @@ struct BackwardMarch {
     }
   }
 
+  /// What a lane needs for one mode of one of the warp's channels when the march is over; read
+  /// before the sums, which then do not wait for it.
+  struct LastOfMode {
+    ModalMode mode;
+    float start;  // the state before the first step
+  };
+  __device__ LastOfMode last_of_mode() const {
+    const int64_t entries = ceil_div<int64_t>(p.in.length, kModalSavedSteps);
+    const int64_t at = channel0 + 2 * warp + lane / kModes;
+    const auto* const saved = static_cast<const float*>(p.saved);
+    return {ModalMode(p.in, at, lane % kModes),
+            chunk > 0 ? 0.0f : saved[(batch * entries * p.in.width + at) * kModes + lane % kModes]};
+  }
+
   /// The sums for poles, residues and skip over the lanes, and the gradient of the first state.
-  __device__ void finish_filter(int q) const {
+  /// Half a warp has one of its channels.
+  __device__ void finish_filter(const LastOfMode& last) const {
+    static_assert(2 * kModes == 32);
     const ModalInputs& in = p.in;
-    const int channel = 2 * warp + q, n = lane % kModes;
-    const int64_t at = channel0 + channel;
+    const int own = lane / kModes, n = lane % kModes;
+    const int64_t at = channel0 + 2 * warp + own;
     // The lags are the sums along antidiagonals.
-    float(&products)[kBlock][kBlock] =
-        *reinterpret_cast<float(*)[kBlock][kBlock]>(&shared.steps[0][2 * warp]);
-    __syncwarp();
+    using Products = float[kBlock][kBlock];
+    static_assert(sizeof(Products) <= 2 * sizeof(Steps));
+    const auto products = [&](int q) -> Products& {
+      return *reinterpret_cast<Products*>(&shared.steps[q][2 * warp]);
+    };
 #pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      products[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = lags[q][i];
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+      for (int i = 0; i < 6; ++i) {
+        products(q)[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = lags[q][i];
+      }
     }
     __syncwarp();
     float lag = 0.0f;  // number n
-#pragma unroll 1
-    for (int i = 0; i <= 15 - n; ++i) lag += products[i][15 - n - i];
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const float product = products(own)[i][max(15 - n - i, 0)];
+      lag += i <= 15 - n ? product : 0.0f;
+    }
 
     // Mode n is number n / 8 of quad n % 8; its adjoint is in the quad's last lane.
-    const auto of_mode = [&](const float(&x)[2], bool sum, int from) {
-      float of[2] = {x[0], x[1]};
+    const auto of_mode = [&](const float(&x)[2][2], bool sum, int from) {
+      float mine = 0.0f;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for (int i = 0; i < 4; ++i) {
+        float of = x[i / 2][i % 2];
         if (sum) {
-          of[m] += __shfl_xor_sync(~0u, of[m], 1);
-          of[m] += __shfl_xor_sync(~0u, of[m], 2);
+          of += __shfl_xor_sync(~0u, of, 1);
+          of += __shfl_xor_sync(~0u, of, 2);
         }
-        of[m] = __shfl_sync(~0u, of[m], n % 8 * 4 + from);
+        of = __shfl_sync(~0u, of, n % 8 * 4 + from);
+        if (i == 2 * own + n / 8) mine = of;
       }
-      return n < 8 ? of[0] : of[1];
+      return mine;
     };
-    const float s = of_mode(state_sum[q], true, 0), a = of_mode(pole_sum[q], true, 0),
-                h = of_mode(adjoint[q], false, 3);
-    const ModalMode mode(in, at, n);
+    const float s = of_mode(state_sum, true, 0), a = of_mode(pole_sum, true, 0),
+                h = of_mode(adjoint, false, 3);
+    const ModalMode& mode = last.mode;
     const float lambda = modal_power(mode.log_pole, 1);
     float dresidue = lambda * s, inside = 0.0f;
-#pragma unroll 1
+#pragma unroll
     for (int d = 0; d < kBlock; ++d) {
-      const float term = modal_power(mode.log_pole, d) * __shfl_sync(~0u, lag, d);
+      const float term = modal_power(mode.log_pole, d) * __shfl_sync(~0u, lag, own * kModes + d);
       dresidue += term;
       inside = fmaf(static_cast<float>(d), term, inside);
     }
-    float dlog_pole = a + mode.residue * fmaf(16.0f * lambda, s, inside);
-    if (chunk == 0) {
-      const int64_t entries = ceil_div<int64_t>(in.length, kModalSavedSteps);
-      const float start =
-          static_cast<const float*>(p.saved)[(batch * entries * in.width + at) * kModes + n];
-      dlog_pole -= 7.5f * h * start;
-    }
+    const float dlog_pole =
+        a + mode.residue * fmaf(16.0f * lambda, s, inside) - 7.5f * h * last.start;
     const int64_t part = part_of_sums() * in.width + at;
-    if (lane < kModes && n < in.modes) {
+    if (n < in.modes) {
       buffers.dlog_poles[part * in.modes + n] = dlog_pole;
       buffers.dresidues[part * in.modes + n] = dresidue;
       if (chunk == 0) {
         static_cast<float*>(p.dstate)[(batch * in.width + at) * in.modes + n] = h;
       }
     }
-    if (lane == 0) buffers.dskip.store(part, lag);
-    __syncwarp();
+    if (n == 0) buffers.dskip.store(part, lag);
   }
 };
 
