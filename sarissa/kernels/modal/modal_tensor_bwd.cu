@@ -48,9 +48,9 @@ struct Buffers {
   Parameters dfeaturizer;         // [parts, 3D, 3]
 };
 
-/// Barrier of a team; with `all`, of all teams of the CTA.
+/// Barrier of a team; with `all`, of the kTeams teams of the CTA.
 __device__ inline void meet(int team, bool all) {
-  const unsigned threads = all ? blockDim.x : kTeamThreads;
+  const int threads = (all ? kTeams : 1) * kTeamThreads;
   asm volatile("bar.sync %0, %1;" ::"r"(all ? 0 : team + 1), "r"(threads) : "memory");
 }
 
@@ -95,14 +95,16 @@ struct BackwardMarch {
     // Where the tile's rows begin is the same for all lanes; a lane's offset from there has 32
     // bits.
     const auto lane_row = [&](const void* tensor, int64_t batch_stride, int64_t time_stride) {
-      return static_cast<const char*>(tensor) +
-             2 * (batch * batch_stride + t0 * time_stride + channel0) +
-             (row * static_cast<unsigned>(2 * time_stride) + 16 * part);
+      const char* at = static_cast<const char*>(tensor) +
+                       2 * (batch * batch_stride + t0 * time_stride + channel0) +
+                       (row * static_cast<unsigned>(2 * time_stride) + 16 * part);
+      opaque(at);
+      return at;
     };
     const char* const z = lane_row(in.u, in.u_batch_stride, in.u_time_stride);
     const char* const dy = lane_row(p.dy, p.dy_batch_stride, p.dy_time_stride);
     unsigned char* const to = stage.rows[0].bytes + Rows::offset(row) + 16 * part;
-    const int left = static_cast<int>(min(in.length - t0, int64_t{kTile})) - static_cast<int>(row);
+    const int left = static_cast<int>(in.length) - tile * kTile - static_cast<int>(row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       constexpr int kHalf = kTile / 2, kHalfBytes = kHalf / kSegment * Rows::kSegmentBytes;
@@ -127,7 +129,8 @@ struct BackwardMarch {
                      good ? from + third * in.width + column : in.u, good);
     } else if (!kArriving && thread >= 64 && thread < 64 + kChannels * kModes / 4) {
       const int64_t entries = ceil_div<int64_t>(in.length, kModalSavedSteps);
-      const int64_t entry = int64_t{tile} * (kTile / kModalSavedSteps);
+      uint32_t entry = tile * (kTile / kModalSavedSteps);
+      opaque(entry);  // nothing to keep from tile to tile
       const int i = 4 * (thread - 64);
       copy_async<16>(&stage.states[0][0] + i,
                      static_cast<const float*>(p.saved) +
@@ -448,8 +451,7 @@ struct BackwardMarch {
     const int64_t width = in.width, t0 = int64_t{tile} * kTile;
     // Of the lane's steps, how many are in the sequence; more than 8 stand for all.
     const int steps =
-        owned ? static_cast<int>(min(in.length - t0, int64_t{2 * kTile})) - part.segment * kSegment
-              : 0;
+        owned ? static_cast<int>(in.length) - tile * kTile - part.segment * kSegment : 0;
     Bf16* const last_dz = static_cast<Bf16*>(p.du) + (batch * in.length + t0) * 3 * width +
                           channel0 + (part.segment * kSegment + kSegment - 1) * 3 * width +
                           2 * part.pair;
@@ -572,7 +574,7 @@ struct BackwardMarch {
     if (early) start_adjoint();
     int stage = 0;
     for (; tile >= first; --tile) {
-      const bool all = tile % kMeetTiles == 0;
+      const bool all = plan.teams == kTeams && tile % kMeetTiles == 0;
       const Stage& now = shared.stages[stage];
       copies_wait<0>();
       meet(team, all && team == 0);
