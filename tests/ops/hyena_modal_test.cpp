@@ -913,14 +913,13 @@ TEST(HyenaModal, CudaStepsFollowTheSequence) {
       // The sequence in bfloat16 runs on tensor cores.
       EXPECT_LE(relative_rms(at::cat(steps, 1), y), dtype == at::kFloat ? 1e-6 : 4e-3) << dtype;
       EXPECT_TRUE(bit_equal(state->featurizer, end.featurizer)) << dtype;
-      EXPECT_LE(relative_rms(state->inner, end.inner), dtype == at::kFloat ? 1e-6 : 3e-3) << dtype;
+      EXPECT_LE(relative_rms(state->inner, end.inner), dtype == at::kFloat ? 1e-6 : 1e-5) << dtype;
     }
   }
 }
 
-/// What the tensor core forward is to compute: u is rounded to bfloat16, as the product of two
-/// bfloat16 values is; everything else in `compute`. Only y is rounded at the end.
-std::tuple<Tensor, Tensor> with_rounded_u(const Problem& p, at::ScalarType compute) {
+/// What the tensor core forward is to compute: u in float, everything after it in `compute`.
+std::tuple<Tensor, Tensor> from_float_u(const Problem& p, at::ScalarType compute) {
   const auto of = [&](const Tensor& t) { return t.defined() ? t.to(compute) : t; };
   const Tensor before = p.shape.state
                             ? p.featurizer_state
@@ -934,7 +933,7 @@ std::tuple<Tensor, Tensor> with_rounded_u(const Problem& p, at::ScalarType compu
     c = c.defined() ? c + term : term;
   }
   const auto part = c.chunk(3, 2);
-  const Tensor u = (part[1] * part[2]).to(at::kBFloat16).to(compute);
+  const Tensor u = (part[1] * part[2]).to(compute);
   const auto [q, inner] =
       ops::modal(u, of(p.log_poles), of(p.residues),
                  p.skip.defined() ? std::optional(of(p.skip)) : std::nullopt,
@@ -982,7 +981,7 @@ TEST(HyenaModal, CudaTensorForwardMatchesDouble) {
   for (const Shape& shape : kTensorShapes) {
     const Problem p(shape);
     const auto got = run_tensor(p, 0, shape.length, start_of(p));
-    const auto [y, inner] = with_rounded_u(p, at::kDouble);
+    const auto [y, inner] = from_float_u(p, at::kDouble);
     // Two roundings to bfloat16, of q and of y.
     EXPECT_LE(relative_rms(got.y, y), 3.3e-3) << shape;
     EXPECT_LE(relative_rms(got.state.inner, inner), 1e-5) << shape;
@@ -1011,14 +1010,42 @@ TEST(HyenaModal, CudaTensorPolesNearOneAreAsGoodAsThePlainRecurrence) {
     p.skip[channel] = 0;
   }
   const auto got = run_tensor(p, 0, p.shape.length, std::nullopt);
-  const auto [want, inner] = with_rounded_u(p, at::kDouble);
-  const Tensor plain = std::get<0>(with_rounded_u(p, at::kFloat)).to(at::kBFloat16);
+  const auto [want, inner] = from_float_u(p, at::kDouble);
+  const Tensor plain = std::get<0>(from_float_u(p, at::kFloat)).to(at::kBFloat16);
   for (int64_t channel = 0; channel < 32; ++channel) {
     const auto of = [&](const Tensor& y) { return y.select(2, channel); };
     EXPECT_LE(relative_rms(of(got.y), of(want)), 2 * relative_rms(of(plain), of(want)))
         << "channel " << channel;
   }
   EXPECT_LE(relative_rms(got.state.inner, inner), 2e-5);
+}
+
+/// A random walk through the difference of two poles: what is slow in u cancels, and little is
+/// left.
+TEST(HyenaModal, CudaTensorKeepsWhatCancellingModesLeave) {
+  SKIP_WITHOUT_CUDA();
+  constexpr int64_t kLength = 50000, kWidth = 32;
+  const double pairs[][2] = {{1e-3, 0.5}, {0.5, 0.9}, {0.9, 1 - 1e-3}, {0.5, 1 - 1e-3}};
+  Problem p({1, kLength, kWidth, kWidth, 2, true, false});
+  const Tensor walk = at::cumsum(test::randn({1, kLength, kWidth}, 7), 1);
+  p.z.narrow(2, kWidth, kWidth).fill_(1.0703125);  // pre-gate; exact in bfloat16
+  p.z.narrow(2, 2 * kWidth, kWidth).copy_(walk.to(at::kBFloat16));
+  p.skip.zero_();
+  for (int64_t channel = 0; channel < kWidth; ++channel) {
+    for (int64_t n = 0; n < 2; ++n) {
+      const double pole = pairs[channel % 4][n];
+      p.log_poles[channel][n] = static_cast<float>(std::log(pole));
+      p.residues[channel][n] = static_cast<float>(n == 0 ? 1 - pole : pole - 1);
+    }
+  }
+  const auto got = run_tensor(p, 0, kLength, std::nullopt);
+  const Tensor want = std::get<0>(from_float_u(p, at::kDouble));
+  const Tensor plain = std::get<0>(from_float_u(p, at::kFloat)).to(at::kBFloat16);
+  for (int64_t channel = 0; channel < kWidth; ++channel) {
+    const auto of = [&](const Tensor& y) { return y.select(2, channel); };
+    EXPECT_LE(relative_rms(of(got.y), of(want)), 2 * relative_rms(of(plain), of(want)))
+        << "channel " << channel;
+  }
 }
 
 TEST(HyenaModal, CudaTensorSplitsLeaveTheStateOfTheWhole) {
@@ -1031,7 +1058,7 @@ TEST(HyenaModal, CudaTensorSplitsLeaveTheStateOfTheWhole) {
       const auto second = run_tensor(p, cut, shape.length - cut, first.state);
       // A cut of one step is not rounded as the others are.
       EXPECT_LE(relative_rms(at::cat({first.y, second.y}, 1), whole.y), 2e-3) << cut;
-      EXPECT_LE(relative_rms(second.state.inner, whole.state.inner), 2e-3) << cut;
+      EXPECT_LE(relative_rms(second.state.inner, whole.state.inner), 1e-5) << cut;
       EXPECT_TRUE(bit_equal(second.state.featurizer, whole.state.featurizer)) << cut;
       if (cut > 1) EXPECT_TRUE(bit_equal(first.y, whole.y.narrow(1, 0, cut))) << cut;
     }

@@ -40,9 +40,9 @@ struct ModalMode {
   }
 };
 
-/// copy_async of 16 bytes for rows of which a CTA takes half a line of 128 bytes: the first to ask
-/// brings the whole line to L2, where the CTA beside it finds the other half. DRAM gives lines
-/// faster than halves.
+/// copy_async of 16 bytes for rows of which a CTA takes half a line of 128 bytes, or a team of warps
+/// a quarter: the first to ask brings the whole line to L2, where the others find the rest. DRAM
+/// gives lines faster than parts of them.
 __device__ inline void copy_async_line(void* shared, const void* global, bool good) {
   asm volatile(
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),

@@ -48,9 +48,9 @@ struct Buffers {
   Parameters dfeaturizer;         // [parts, 3D, 3]
 };
 
-/// Barrier of a team; with `all`, of all teams of the CTA.
+/// Barrier of a team; with `all`, of the kTeams teams of the CTA.
 __device__ inline void meet(int team, bool all) {
-  const unsigned threads = all ? blockDim.x : kTeamThreads;
+  const int threads = (all ? kTeams : 1) * kTeamThreads;
   asm volatile("bar.sync %0, %1;" ::"r"(all ? 0 : team + 1), "r"(threads) : "memory");
 }
 
@@ -95,25 +95,27 @@ struct BackwardMarch {
     // Where the tile's rows begin is the same for all lanes; a lane's offset from there has 32
     // bits.
     const auto lane_row = [&](const void* tensor, int64_t batch_stride, int64_t time_stride) {
-      return static_cast<const char*>(tensor) +
-             2 * (batch * batch_stride + t0 * time_stride + channel0) +
-             (row * static_cast<unsigned>(2 * time_stride) + 16 * part);
+      const char* at = static_cast<const char*>(tensor) +
+                       2 * (batch * batch_stride + t0 * time_stride + channel0) +
+                       (row * static_cast<unsigned>(2 * time_stride) + 16 * part);
+      opaque(at);
+      return at;
     };
     const char* const z = lane_row(in.u, in.u_batch_stride, in.u_time_stride);
     const char* const dy = lane_row(p.dy, p.dy_batch_stride, p.dy_time_stride);
     unsigned char* const to = stage.rows[0].bytes + Rows::offset(row) + 16 * part;
-    const int left = static_cast<int>(min(in.length - t0, int64_t{kTile})) - static_cast<int>(row);
+    const int left = static_cast<int>(in.length) - tile * kTile - static_cast<int>(row);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       constexpr int kHalf = kTile / 2, kHalfBytes = kHalf / kSegment * Rows::kSegmentBytes;
       const bool good = left > half * kHalf;
 #pragma unroll
       for (int third = 0; third < (kArriving ? 1 : 3); ++third) {
-        copy_async<16>(to + third * sizeof(Rows) + half * kHalfBytes,
-                       z + 2 * (third * in.width + half * kHalf * in.u_time_stride), good);
+        copy_async_line(to + third * sizeof(Rows) + half * kHalfBytes,
+                        z + 2 * (third * in.width + half * kHalf * in.u_time_stride), good);
       }
-      copy_async<16>(to + kDy * sizeof(Rows) + half * kHalfBytes,
-                     dy + 2 * (half * kHalf * p.dy_time_stride), good);
+      copy_async_line(to + kDy * sizeof(Rows) + half * kHalfBytes,
+                      dy + 2 * (half * kHalf * p.dy_time_stride), good);
     }
     if (thread < 12) {
       const int third = thread / 4, before = static_cast<int>(thread / 2 % 2) - 2;
@@ -127,7 +129,8 @@ struct BackwardMarch {
                      good ? from + third * in.width + column : in.u, good);
     } else if (!kArriving && thread >= 64 && thread < 64 + kChannels * kModes / 4) {
       const int64_t entries = ceil_div<int64_t>(in.length, kModalSavedSteps);
-      const int64_t entry = int64_t{tile} * (kTile / kModalSavedSteps);
+      uint32_t entry = tile * (kTile / kModalSavedSteps);
+      opaque(entry);  // nothing to keep from tile to tile
       const int i = 4 * (thread - 64);
       copy_async<16>(&stage.states[0][0] + i,
                      static_cast<const float*>(p.saved) +
@@ -448,8 +451,7 @@ struct BackwardMarch {
     const int64_t width = in.width, t0 = int64_t{tile} * kTile;
     // Of the lane's steps, how many are in the sequence; more than 8 stand for all.
     const int steps =
-        owned ? static_cast<int>(min(in.length - t0, int64_t{2 * kTile})) - part.segment * kSegment
-              : 0;
+        owned ? static_cast<int>(in.length) - tile * kTile - part.segment * kSegment : 0;
     Bf16* const last_dz = static_cast<Bf16*>(p.du) + (batch * in.length + t0) * 3 * width +
                           channel0 + (part.segment * kSegment + kSegment - 1) * 3 * width +
                           2 * part.pair;
@@ -572,7 +574,7 @@ struct BackwardMarch {
     if (early) start_adjoint();
     int stage = 0;
     for (; tile >= first; --tile) {
-      const bool all = tile % kMeetTiles == 0;
+      const bool all = plan.teams == kTeams && tile % kMeetTiles == 0;
       const Stage& now = shared.stages[stage];
       copies_wait<0>();
       meet(team, all && team == 0);
@@ -593,10 +595,10 @@ struct BackwardMarch {
       send_adjoint();
       return;
     }
+    const LastOfMode last = last_of_mode();
     barrier();
+    finish_filter(last);
     finish_featurizer(stage);
-#pragma unroll
-    for (int q = 0; q < 2; ++q) finish_filter(q);
   }
 
   __device__ int64_t adjoint_at(int of_chunk, int q, int m) const {
@@ -681,65 +683,85 @@ struct BackwardMarch {
     }
   }
 
+  /// What a lane needs for one mode of one of the warp's channels when the march is over; read
+  /// before the sums, which then do not wait for it.
+  struct LastOfMode {
+    ModalMode mode;
+    float start;  // the state before the first step
+  };
+  __device__ LastOfMode last_of_mode() const {
+    const int64_t entries = ceil_div<int64_t>(p.in.length, kModalSavedSteps);
+    const int64_t at = channel0 + 2 * warp + lane / kModes;
+    const auto* const saved = static_cast<const float*>(p.saved);
+    return {ModalMode(p.in, at, lane % kModes),
+            chunk > 0 ? 0.0f : saved[(batch * entries * p.in.width + at) * kModes + lane % kModes]};
+  }
+
   /// The sums for poles, residues and skip over the lanes, and the gradient of the first state.
-  __device__ void finish_filter(int q) const {
+  /// Half a warp has one of its channels.
+  __device__ void finish_filter(const LastOfMode& last) const {
+    static_assert(2 * kModes == 32);
     const ModalInputs& in = p.in;
-    const int channel = 2 * warp + q, n = lane % kModes;
-    const int64_t at = channel0 + channel;
+    const int own = lane / kModes, n = lane % kModes;
+    const int64_t at = channel0 + 2 * warp + own;
     // The lags are the sums along antidiagonals.
-    float(&products)[kBlock][kBlock] =
-        *reinterpret_cast<float(*)[kBlock][kBlock]>(&shared.steps[0][2 * warp]);
-    __syncwarp();
+    using Products = float[kBlock][kBlock];
+    static_assert(sizeof(Products) <= 2 * sizeof(Steps));
+    const auto products = [&](int q) -> Products& {
+      return *reinterpret_cast<Products*>(&shared.steps[q][2 * warp]);
+    };
 #pragma unroll
-    for (int i = 0; i < 6; ++i) {
-      products[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = lags[q][i];
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+      for (int i = 0; i < 6; ++i) {
+        products(q)[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = lags[q][i];
+      }
     }
     __syncwarp();
     float lag = 0.0f;  // number n
-#pragma unroll 1
-    for (int i = 0; i <= 15 - n; ++i) lag += products[i][15 - n - i];
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      const float product = products(own)[i][max(15 - n - i, 0)];
+      lag += i <= 15 - n ? product : 0.0f;
+    }
 
     // Mode n is number n / 8 of quad n % 8; its adjoint is in the quad's last lane.
-    const auto of_mode = [&](const float(&x)[2], bool sum, int from) {
-      float of[2] = {x[0], x[1]};
+    const auto of_mode = [&](const float(&x)[2][2], bool sum, int from) {
+      float mine = 0.0f;
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
+      for (int i = 0; i < 4; ++i) {
+        float of = x[i / 2][i % 2];
         if (sum) {
-          of[m] += __shfl_xor_sync(~0u, of[m], 1);
-          of[m] += __shfl_xor_sync(~0u, of[m], 2);
+          of += __shfl_xor_sync(~0u, of, 1);
+          of += __shfl_xor_sync(~0u, of, 2);
         }
-        of[m] = __shfl_sync(~0u, of[m], n % 8 * 4 + from);
+        of = __shfl_sync(~0u, of, n % 8 * 4 + from);
+        if (i == 2 * own + n / 8) mine = of;
       }
-      return n < 8 ? of[0] : of[1];
+      return mine;
     };
-    const float s = of_mode(state_sum[q], true, 0), a = of_mode(pole_sum[q], true, 0),
-                h = of_mode(adjoint[q], false, 3);
-    const ModalMode mode(in, at, n);
+    const float s = of_mode(state_sum, true, 0), a = of_mode(pole_sum, true, 0),
+                h = of_mode(adjoint, false, 3);
+    const ModalMode& mode = last.mode;
     const float lambda = modal_power(mode.log_pole, 1);
     float dresidue = lambda * s, inside = 0.0f;
-#pragma unroll 1
+#pragma unroll
     for (int d = 0; d < kBlock; ++d) {
-      const float term = modal_power(mode.log_pole, d) * __shfl_sync(~0u, lag, d);
+      const float term = modal_power(mode.log_pole, d) * __shfl_sync(~0u, lag, own * kModes + d);
       dresidue += term;
       inside = fmaf(static_cast<float>(d), term, inside);
     }
-    float dlog_pole = a + mode.residue * fmaf(16.0f * lambda, s, inside);
-    if (chunk == 0) {
-      const int64_t entries = ceil_div<int64_t>(in.length, kModalSavedSteps);
-      const float start =
-          static_cast<const float*>(p.saved)[(batch * entries * in.width + at) * kModes + n];
-      dlog_pole -= 7.5f * h * start;
-    }
+    const float dlog_pole =
+        a + mode.residue * fmaf(16.0f * lambda, s, inside) - 7.5f * h * last.start;
     const int64_t part = part_of_sums() * in.width + at;
-    if (lane < kModes && n < in.modes) {
+    if (n < in.modes) {
       buffers.dlog_poles[part * in.modes + n] = dlog_pole;
       buffers.dresidues[part * in.modes + n] = dresidue;
       if (chunk == 0) {
         static_cast<float*>(p.dstate)[(batch * in.width + at) * in.modes + n] = h;
       }
     }
-    if (lane == 0) buffers.dskip.store(part, lag);
-    __syncwarp();
+    if (n == 0) buffers.dskip.store(part, lag);
   }
 };
 

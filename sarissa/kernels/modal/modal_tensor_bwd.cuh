@@ -18,6 +18,8 @@ constexpr int kSegment = 8;  // steps of a lane in the phases `gates` and `gradi
 constexpr int kSegments = kTile / kSegment;
 constexpr int kSegmentsOfWarp = kSegments / kTeamWarps;
 
+using kernels::opaque;
+
 enum Stream { kDy = 3 };  // after z's thirds
 enum Side { kU, kDq };    // of the filter's products
 
@@ -90,6 +92,12 @@ __device__ inline void store_word(void* to, uint32_t word, bool good) {
   asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(to),
                "r"(word), "r"(int{good})
                : "memory");
+}
+
+/// opaque() of an address: what is added to it is then not added to each of its parts.
+template <class T>
+__device__ inline void opaque(T*& at) {
+  asm volatile("" : "+l"(at));
 }
 
 /// Two channels of a row.

@@ -34,14 +34,20 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kOwn = kChannels / kWarps;         // channels that a warp convolves
 constexpr int kRun = kTile * kPairs / kThreads;  // steps that a thread gates
 constexpr int kHalo = 2;                         // rows before a tile, for the featurizer
-constexpr int kSlots = 3;                        // tiles of z's thirds on the chip
 constexpr int kMailRounds = 4;                   // rounds that messages of ranks are kept
 constexpr int kRowBytes = kChannels * sizeof(bf16);
 constexpr int kChunks = kRowBytes / 16;
 static_assert(kModes == 16 && kBlock == 16, "the fragments below");
 
+/// Tiles of z's thirds on the chip. The ranks' third tile of u takes the room of a third one.
+template <bool kRanked>
+constexpr int kSlots = kRanked ? 2 : 3;
+
 /// u, then q, of a tile: [channel][step].
 constexpr int kChannelBytes = kTile * sizeof(bf16);
+constexpr int kPartBytes = kChannels * kChannelBytes;
+/// u has two parts, the high one first; q takes the place of the high one.
+constexpr int kTileBytes = 2 * kPartBytes;
 
 /// A table with an entry per channel and mode.
 template <class T>
@@ -60,18 +66,24 @@ constexpr int kLag = kRanked ? 1 : 0;
 
 template <bool kRanked>
 struct Shared {
-  unsigned char z[3][kSlots][(kHalo + kTile) * kRowBytes];  // post, pre, value
+  unsigned char z[3][kSlots<kRanked>][(kHalo + kTile) * kRowBytes];  // post, pre, value
   union {
-    unsigned char u[2 + kLag<kRanked>][kChannels * kChannelBytes];
+    unsigned char u[2 + kLag<kRanked>][kTileBytes];
     Setup setup;
   };
   float2 featurizer[3][3][kPairs];  // [third][tap]
   PerMode<float4> decay;            // of one, two, four and eight blocks
-  PerMode<float> correction;        // see `convolve`
+  union {
+    PerMode<float> correction;   // without ranks: see `convolve`
+    PerMode<float2> tile_decay;  // with ranks: lambda^kTile, high and low
+  };
   // Of the sequence's last block: the states before it, and its u.
   PerMode<float> last_states;
-  bf16 last_u[kChannels][kBlock];
+  float last_u[kChannels][kBlock];
 };
+
+constexpr size_t kMostShared = 227 << 10;  // of a CTA on an H100
+static_assert(sizeof(Shared<false>) <= kMostShared && sizeof(Shared<true>) <= kMostShared);
 
 /// Where row j of a tile lies, row 0 kHalo steps before it. The gates read rows that are 8 apart
 /// together: they lie in different banks.
@@ -133,73 +145,66 @@ struct Column {
   }
 };
 
-/// A thread's share of the copies of one tile after another: a chunk of two rows of each third, and
-/// for a few threads of one of the rows before the tile. The post-gate's third comes kBehind rounds
-/// after the others, since it is needed later.
-template <bool kRanked>
+/// Copies of tiles to their slots; a thread takes a chunk of two rows of each third, and a few
+/// threads one of the rows before the tile.
 struct Copies {
   static constexpr int kRows = kThreads / kChunks;  // that all threads copy at a time
-  static constexpr int kBehind = 2 + kLag<kRanked>;
   static_assert(kTile == 2 * kRows && kRows % 16 == 0);
 
-  const bf16* from;  // the chunk of the first row of the next tile's first third
-  int rows;          // of the sequence from there on
-  int to;            // where the chunk lies in a slot
-  int round;         // steps from a tile of this CTA to its next
+  const Column& cta;
+  const bf16* z;  // as in the column
+  int row, lane, warp;
+  int to;  // where the thread's chunk lies in a slot
 
-  __device__ Copies(const Column& cta, int tile, int ranks) : round(ranks * kTile) {
-    const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
-    const int t = tile * kTile + row;
-    from = cta.z + t * cta.stride + thread % kChunks * 8;
-    rows = cta.length - t;
-    to = row_offset(row + kHalo) + thread % kChunks * 16;
+  __device__ Copies(const ModalInputs& in, const Column& cta) : cta(cta) {
+    uint32_t b = blockIdx.y;
+    opaque(b);
+    z = static_cast<const bf16*>(in.u) + b * in.u_batch_stride + cta.channel;
+    uint32_t thread = threadIdx.x;
+    opaque(thread);  // made again every time: there are no registers to keep it in
+    row = static_cast<int>(thread / kChunks);
+    lane = static_cast<int>(thread % 32);
+    warp = static_cast<int>(thread / 32);
+    to = row_offset(row + kHalo) + lane % kChunks * 16;
   }
-  /// Copies the next tile to slots of pre and value and an earlier tile to one of post; null for
-  /// none. A tile's halo is copied unless it lies before the sequence.
-  __device__ void copy(const Column& cta, unsigned char* post, unsigned char* pre,
-                       unsigned char* value, bool post_halo, bool pre_halo) {
-    const bf16* const post_from = from - kBehind * round * cta.stride;
-    const bf16* const pre_from = from + cta.width;
-    const bf16* const value_from = pre_from + cta.width;
+  __device__ const bf16* chunk(int third, int t) const {
+    return z + t * cta.stride + third * cta.width + lane % kChunks * 8;
+  }
+  /// The tile that begins at step t, of thirds [first, first + kThirds).
+  template <int kThirds>
+  __device__ void copy(int first, int t, unsigned char* const (&slots)[kThirds]) const {
+    const bf16* const from = chunk(first, t + row);
     const int64_t half = kRows * cta.stride;
-    if (pre != nullptr) {
-      copy_async_line(pre + to, pre_from, rows > 0);
-      copy_async_line(value + to, value_from, rows > 0);
-      copy_async_line(pre + to + kRows * kRowBytes, pre_from + half, rows > kRows);
-      copy_async_line(value + to + kRows * kRowBytes, value_from + half, rows > kRows);
+    const int rows = cta.length - t - row;
+#pragma unroll
+    for (int k = 0; k < kThirds; ++k) {
+      copy_async_line(slots[k] + to, from + k * cta.width, rows > 0);
+      copy_async_line(slots[k] + to + kRows * kRowBytes, from + k * cta.width + half, rows > kRows);
     }
-    if (post != nullptr) {
-      const int post_rows = rows + kBehind * round;
-      copy_async_line(post + to, post_from, post_rows > 0);
-      copy_async_line(post + to + kRows * kRowBytes, post_from + half, post_rows > kRows);
-    }
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    if (warp < 3) {  // a warp for each third
-      unsigned char* const slot = warp == kPost ? post : warp == kPre ? pre : value;
-      const bf16* const row = warp == kPost ? post_from : warp == kPre ? pre_from : value_from;
-      const bool halo = warp == kPost ? post_halo : pre_halo;
-      const int before = 32 / kChunks * warp + kHalo;  // rows from there to this thread's own
-      const int halo_rows = (warp == kPost ? rows + kBehind * round : rows) + before;
-      if (halo && slot != nullptr && lane < kHalo * kChunks) {
-        copy_async_line(slot + row_offset(lane / kChunks) + lane % kChunks * 16,
-                        row - before * cta.stride, halo_rows > 0);
+    // The rows before it, unless it is the first tile, whose rows are not in z.
+#pragma unroll
+    for (int k = 0; k < kThirds; ++k) {
+      if (warp == first + k && t > 0 && lane < kHalo * kChunks) {
+        const int before = t - kHalo + lane / kChunks;
+        copy_async_line(slots[k] + row_offset(lane / kChunks) + lane % kChunks * 16,
+                        chunk(first + k, before), before < cta.length);
       }
     }
-    from += round * cta.stride;
-    rows -= round;
   }
 };
 
-/// A thread's share of the gates: kRun steps of two channels in every tile.
+/// A thread's share of the gates: kRun steps of two channels in every tile. As with Copies, made
+/// again for every tile.
 struct Run {
   int pair, run;
   int even, odd;  // offsets of its rows, of even and odd number
   int u;          // offset of its steps of u
 
   __device__ Run() {
-    const int thread = static_cast<int>(threadIdx.x);
-    pair = thread % kPairs;
-    run = thread / kPairs;
+    uint32_t thread = threadIdx.x;
+    opaque(thread);
+    pair = static_cast<int>(thread % kPairs);
+    run = static_cast<int>(thread / kPairs);
     const int first = run * kRun * kRowBytes + pair * 4, swap = run % 2 * kRowBytes;
     even = first + swap;
     odd = first - swap;
@@ -291,12 +296,14 @@ struct Filter {
 
 /// The end states of the blocks from zero: x[j][h] of mode column + j % 2 + j / 2 * 8 and block
 /// 2 row + h.
-__device__ inline void end_states(const Filter& f, const uint32_t (&u)[4], float (&x)[4][2]) {
+__device__ inline void end_states(const Filter& f, const uint32_t (&u)[4],
+                                  const uint32_t (&u_low)[4], float (&x)[4][2]) {
   const float zero[4] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float e[4];
     mma(e, u, f.ends[half][0].low, f.ends[half][1].low, zero);
+    mma(e, u_low, f.ends[half][0].high, f.ends[half][1].high, e);
     mma(e, u, f.ends[half][0].high, f.ends[half][1].high, e);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -351,19 +358,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int tiles = ceil_div(cta.length, kTile), rounds = ceil_div(tiles, ranks);
   const auto tile_of = [&](int round) { return round * ranks + rank; };
 
-  Copies<kRanked> copies(cta, rank, ranks);
-  // Copies the tile of `round`, and for the post-gate that of an earlier round.
+  // Copies the tile of `round`, and for the post-gate, which needs it later, that of an earlier
+  // one.
   const auto copy = [&](int round, int slot, int post_slot) {
-    const bool pre = round < rounds;
-    const int post_round = round - copies.kBehind;
-    const bool post = post_round >= 0 && post_round < rounds;
-    copies.copy(cta, post ? shared.z[kPost][post_slot] : nullptr,
-                pre ? shared.z[kPre][slot] : nullptr, pre ? shared.z[kValue][slot] : nullptr,
-                post_round + rank > 0, round + rank > 0);
+    constexpr int kBehind = 2 + kLag<kRanked>;
+    const Copies copies(in, cta);
+    if (round < rounds) {
+      copies.copy<2>(kPre, tile_of(round) * kTile, {shared.z[kPre][slot], shared.z[kValue][slot]});
+    }
+    const int post_round = round - kBehind;
+    if (post_round >= 0 && post_round < rounds) {
+      copies.copy<1>(kPost, tile_of(post_round) * kTile, {shared.z[kPost][post_slot]});
+    }
     copies_commit();
   };
 #pragma unroll
-  for (int round = 0; round < kSlots; ++round) copy(round, round, 0);
+  for (int round = 0; round < kSlots<kRanked>; ++round) copy(round, round, 0);
 
   // What the tables are made of: all loads before the first use, while the first tiles arrive.
   static_assert(kThreads == kChannels * kModes && kBlock == kModes);
@@ -415,7 +425,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     decay.z = decay.y * decay.y;
     decay.w = decay.z * decay.z;
     shared.decay[my_channel][my_mode] = decay;
-    shared.correction[my_channel][my_mode] = static_cast<float>(lambda_to_tile - scan_decay(decay));
+    if constexpr (kRanked) {
+      const FloatPair tile_decay(lambda_to_tile);
+      shared.tile_decay[my_channel][my_mode] = {tile_decay.high, tile_decay.low};
+    } else {
+      shared.correction[my_channel][my_mode] =
+          static_cast<float>(lambda_to_tile - scan_decay(decay));
+    }
   }
   __syncthreads();
 #pragma unroll
@@ -429,8 +445,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                           Filter(in, setup, cta, warp * kOwn + 1)};
   __syncthreads();  // u takes the room of setup
 
-  const Run run;
-  const auto pre_gate = [&](int slot, unsigned char* u_tile) {
+  const auto pre_gate = [&](const Run& run, int slot, unsigned char* u_tile) {
     const unsigned char* const z[] = {shared.z[kPre][slot], shared.z[kValue][slot]};
     const float2(*const taps[])[kPairs] = {shared.featurizer[kPre], shared.featurizer[kValue]};
     float u[2][kRun];
@@ -440,17 +455,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     });
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      *reinterpret_cast<uint4*>(u_tile + run.u + k * kChannelBytes) = {
-          pack_pair(u[k][0], u[k][1]), pack_pair(u[k][2], u[k][3]), pack_pair(u[k][4], u[k][5]),
-          pack_pair(u[k][6], u[k][7])};
+      SplitPair pairs[kRun / 2];
+#pragma unroll
+      for (int i = 0; i < kRun / 2; ++i) pairs[i] = split_pair(u[k][2 * i], u[k][2 * i + 1]);
+      uint4* const to = reinterpret_cast<uint4*>(u_tile + run.u + k * kChannelBytes);
+      *to = {pairs[0].high, pairs[1].high, pairs[2].high, pairs[3].high};
+      to[kPartBytes / sizeof(uint4)] = {pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
     }
   };
 
-  // This thread's first step of the next tile that the post-gate takes.
-  int post_t = rank * kTile + run.run * kRun;
-  bf16* y = static_cast<bf16*>(p.y) + (int64_t{cta.b} * in.length + post_t) * in.width +
-            cta.channel + 2 * run.pair;
-  const auto post_gate = [&](int slot, const unsigned char* u_tile) {
+  const auto post_gate = [&](const Run& run, int tile, int slot, const unsigned char* u_tile) {
+    const int t = tile * kTile + run.run * kRun;
     const unsigned char* const z[] = {shared.z[kPost][slot]};
     const float2(*const taps[])[kPairs] = {shared.featurizer[kPost]};
     uint32_t q[2][kRun / 2];
@@ -464,18 +479,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       const auto at = [&](uint32_t pair) { return i % 2 == 0 ? low_of(pair) : high_of(pair); };
       out[i] = pack_pair(c[0].x * at(q[0][i / 2]), c[0].y * at(q[1][i / 2]));
     });
-    bf16* to = y;
-    if (post_t + kRun <= cta.length) {
+    bf16* to = static_cast<bf16*>(p.y) + (int64_t{cta.b} * in.length + t) * in.width + cta.channel +
+               2 * run.pair;
+    if (t + kRun <= cta.length) {
 #pragma unroll
       for (int i = 0; i < kRun; ++i, to += in.width) *reinterpret_cast<uint32_t*>(to) = out[i];
     } else {
 #pragma unroll
       for (int i = 0; i < kRun; ++i, to += in.width) {
-        if (post_t + i < cta.length) *reinterpret_cast<uint32_t*>(to) = out[i];
+        if (t + i < cta.length) *reinterpret_cast<uint32_t*>(to) = out[i];
       }
     }
-    post_t += ranks * kTile;
-    y += ranks * kTile * in.width;
   };
 
   // This lane's row for load_matrices and its pairs of q, of the warp's first channel.
@@ -487,8 +501,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   q_pair = u_offset(warp * kOwn, 2 * (2 * row)) + 2 * column;
   opaque(u_row);
   opaque(q_pair);
-  const auto load_u = [&](const unsigned char* u_tile, int k, uint32_t(&u)[4]) {
-    load_matrices(u, u_tile + u_row + k * kChannelBytes);
+  const auto load_u = [&](const unsigned char* u_tile, int k, uint32_t(&high)[4],
+                          uint32_t(&low)[4]) {
+    load_matrices(high, u_tile + u_row + k * kChannelBytes);
+    load_matrices(low, u_tile + u_row + k * kChannelBytes + kPartBytes);
   };
 
   const auto load_decay = [&](int own, float4(&decay)[4]) {
@@ -496,23 +512,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int j = 0; j < 4; ++j) decay[j] = shared.decay[own][mode_of(column, j)];
   };
 
-  // Ranks: a warp's threads are those of its channels' modes. Messages of round 0 and rank 0 of
-  // this column, and the distance between rounds.
+  // Ranks: a warp's threads are those of its channels' modes. The first message for a warp of a
+  // rank of this column.
   static_assert(kOwn * kModes == 32);
-  TileEnd* const mail = static_cast<TileEnd*>(p.workspace) +
-                        (int64_t{cta.b} * (gridDim.x / ranks) + my_column) * ranks * kMail +
-                        warp * 32;
-  const int64_t mail_round = int64_t{gridDim.x} * gridDim.y * kMail;
+  const auto mail = [&](int round, int from_rank) {
+    const auto columns = static_cast<int>(in.width) / kChannels;
+    const int of_column =
+        (round % kMailRounds * static_cast<int>(gridDim.y) + cta.b) * columns + my_column;
+    uint32_t at = (of_column * ranks + from_rank) * kMail + warp * 32;
+    opaque(at);  // made again every time: there are no registers to keep it in
+    return static_cast<TileEnd*>(p.workspace) + at;
+  };
   const auto publish_ends = [&](int round, const unsigned char* u_tile) {
-    TileEnd* const to = mail + round % kMailRounds * mail_round + rank * kMail;
+    TileEnd* const to = mail(round, rank);
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      uint32_t u[4];
+      uint32_t u[4], u_low[4];
       float x[4][2], s[4];
       float4 decay[4];
       const float zero[4] = {};
-      load_u(u_tile, k, u);
-      end_states(filters[k], u, x);
+      load_u(u_tile, k, u, u_low);
+      end_states(filters[k], u, u_low, x);
       load_decay(warp * kOwn + k, decay);
       scan(decay, x, zero, s);
       if (row != 7) continue;
@@ -524,14 +544,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   float carry = 0.0f;  // of the thread's mode, before the tiles of a round
   if constexpr (kRanked) carry = initial_state(in, cta, my_channel, my_mode);
-  const FloatPair tile_decay(lambda_to_tile);
   // Messages that are read at once.
   constexpr int kTogether = 4;
   struct Ends {
     TileEnd of[kTogether];
   };
   const auto peek_ends = [&](int round, int first) {
-    const TileEnd* const from = mail + round % kMailRounds * mail_round + lane;
+    const TileEnd* const from = mail(round, 0) + lane;
     Ends ends;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
@@ -539,26 +558,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     return ends;
   };
-  // The state before this rank's tile, of the thread's mode; the carry moves on. `ends`: what the
-  // first ranks have told until now.
-  const auto follow_carry = [&](int round, Ends ends) {
+  // The state before this rank's tile, of the thread's mode; the carry moves on.
+  const auto follow_carry = [&](int round) {
     float start = 0.0f;
+    const float2 decay = shared.tile_decay[my_channel][my_mode];
     for (int first = 0; first < ranks; first += kTogether) {
-      if (first > 0) ends = peek_ends(round, first);
-      while (true) {
-        bool complete = true;
+      Ends ends;
+      bool complete;
+      do {
+        ends = peek_ends(round, first);
+        complete = true;
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
           complete = complete && ends.of[i].number == round + 1;
         }
-        if (complete) break;
-        ends = peek_ends(round, first);
-      }
+      } while (!complete);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
         if (first + i == rank) start = carry;
         if (first + i < ranks) {
-          carry = recur(tile_decay.high, tile_decay.low, carry, ends.of[i].state);
+          carry = recur(decay.x, decay.y, carry, ends.of[i].state);
         }
       }
     }
@@ -566,12 +585,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     return start;
   };
 
-  float* saved = nullptr;  // where this lane saves states of the warp's first channel
-  const int saved_entries = ceil_div(cta.length, kModalSavedSteps);
-  if (p.saved != nullptr && row % 4 == 0) {
-    saved = static_cast<float*>(p.saved) +
-            (cta.b * saved_entries * in.width + cta.channel + warp * kOwn) * kModes + column;
-  }
   // my_start: of ranks, what follow_carry() gave.
   const auto convolve = [&](int round, unsigned char* u_tile, float my_start) {
     const int tile = tile_of(round);
@@ -580,12 +593,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int k = 0; k < kOwn; ++k) {
       Filter& f = filters[k];
       const int own = warp * kOwn + k;
-      uint32_t u[4];
+      uint32_t u[4], u_low[4];
       float x[4][2], q[2][4];
-      load_u(u_tile, k, u);
-      end_states(f, u, x);
+      load_u(u_tile, k, u, u_low);
+      end_states(f, u, u_low, x);
       mma_k8(q[0], u[0], u[1], f.local[0].low, zero);
       mma(q[1], u, f.local[1].low, f.local[0].low, zero);
+      mma_k8(q[0], u_low[0], u_low[1], f.local[0].high, q[0]);
+      mma(q[1], u_low, f.local[1].high, f.local[0].high, q[1]);
       mma_k8(q[0], u[0], u[1], f.local[0].high, q[0]);
       mma(q[1], u, f.local[1].high, f.local[0].high, q[1]);
 
@@ -615,11 +630,14 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (row != 0) f.carry[j] = 0.0f;
         }
       }
-      if (saved != nullptr) {
+      if (p.saved != nullptr && row % 4 == 0) {
         static_assert(kModalSavedSteps == 4 * 2 * kBlock);
+        const int entries = ceil_div(cta.length, kModalSavedSteps);
         const int entry = tile * (kTile / kModalSavedSteps) + row / 4;
-        float* const to = saved + (entry * in.width + k) * kModes;
-        if (entry < saved_entries) {
+        float* const to =
+            static_cast<float*>(p.saved) + column +
+            ((int64_t{cta.b} * entries + entry) * in.width + cta.channel + own) * kModes;
+        if (entry < entries) {
           *reinterpret_cast<float2*>(to) = {s[0][0], s[1][0]};
           *reinterpret_cast<float2*>(to + 8) = {s[2][0], s[3][0]};
         }
@@ -632,9 +650,11 @@ __global__ void __launch_bounds__(kThreads, 1)
             shared.last_states[own][mode_of(column, j)] = block % 2 == 0 ? s[j][0] : s[j][1];
           }
         }
-        if (lane < 2) {
-          reinterpret_cast<uint4*>(shared.last_u[own])[lane] =
-              *reinterpret_cast<const uint4*>(u_tile + u_offset(own, 2 * block + lane));
+        if (lane < kBlock) {
+          const unsigned char* const at =
+              u_tile + u_offset(own, 2 * block + lane / 8) + lane % 8 * sizeof(bf16);
+          shared.last_u[own][lane] = load(reinterpret_cast<const bf16*>(at)) +
+                                     load(reinterpret_cast<const bf16*>(at + kPartBytes));
         }
       }
 
@@ -668,41 +688,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  copies_wait<kSlots - 1>();
+  constexpr int kLate = kLag<kRanked>, kAhead = kSlots<kRanked>, kTilesOfU = 2 + kLate;
+  copies_wait<kAhead - 1>();
   __syncthreads();
-  pre_gate(0, shared.u[0]);
-  copies_wait<kSlots - 2>();
+  pre_gate(Run(), 0, shared.u[0]);
+  copies_wait<kAhead - 2>();
   __syncthreads();
-  constexpr int kLate = kLag<kRanked>;
-  int slot = 0;  // of the round's tile
+  const auto after = [](int i, int count) { return i == count - 1 ? 0 : i + 1; };
+  int slot = 0, u_slot = 0;  // of the round's tile
   for (int round = 0; round <= rounds + kLate; ++round) {
-    const int next_slot = slot == kSlots - 1 ? 0 : slot + 1;
-    const int last_slot = slot == 0 ? kSlots - 1 : slot - 1;
-    copy(round + kSlots, slot, kRanked ? slot : next_slot);
-    // With ranks there are as many tiles of u as slots.
-    unsigned char* const u_gates = shared.u[kRanked ? next_slot : (round + 1) % 2];
-    unsigned char* const u_convolved = shared.u[kRanked ? last_slot : round % 2];
-    float my_start = 0.0f;
-    if constexpr (kRanked) {
-      Ends ends{};
-      if (round > 0 && round <= rounds) ends = peek_ends(round - 1, 0);
-      if (round < rounds) publish_ends(round, shared.u[slot]);  // the messages travel meanwhile
-      if (round > 0 && round <= rounds) my_start = follow_carry(round - 1, ends);
-    }
+    // With two slots, the next one is also that of the tile before.
+    const int next_slot = after(slot, kAhead), last_slot = after(next_slot, kAhead);
+    const int u_next = after(u_slot, kTilesOfU), u_last = after(u_next, kTilesOfU);
+    copy(round + kAhead, slot, next_slot);
     const bool convolve_first = warp % 8 >= 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       if ((half == 0) == convolve_first) {
-        if (round >= kLate && round < rounds + kLate)
-          convolve(round - kLate, u_convolved, my_start);
+        float my_start = 0.0f;
+        if constexpr (kRanked) {
+          if (round < rounds) publish_ends(round, shared.u[u_slot]);
+          if (round > 0 && round <= rounds) my_start = follow_carry(round - 1);
+        }
+        if (round >= kLate && round < rounds + kLate) {
+          convolve(round - kLate, shared.u[kRanked ? u_last : u_slot], my_start);
+        }
       } else {
         // The post-gate frees the u that the pre-gate writes.
-        if (round > kLate) post_gate(kRanked ? next_slot : last_slot, u_gates);
-        if (round + 1 < rounds) pre_gate(next_slot, u_gates);
+        const Run run;
+        if (round > kLate) {
+          post_gate(run, tile_of(round - 1 - kLate), kRanked ? slot : last_slot, shared.u[u_next]);
+        }
+        if (round + 1 < rounds) pre_gate(run, next_slot, shared.u[u_next]);
       }
     }
     slot = next_slot;
-    copies_wait<1>();
+    u_slot = u_next;
+    copies_wait<kAhead - 2>();
     __syncthreads();
   }
 
@@ -712,7 +734,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float s = shared.last_states[my_channel][my_mode];
     const int steps = (cta.length - 1) % kBlock + 1;
     for (int i = 0; i < steps; ++i) {
-      s = recur(pole.high, pole.low, s, load(shared.last_u[my_channel] + i));
+      s = recur(pole.high, pole.low, s, shared.last_u[my_channel][i]);
     }
     static_cast<float*>(
         p.state_out)[(cta.b * in.width + cta.channel + my_channel) * in.modes + my_mode] = s;
