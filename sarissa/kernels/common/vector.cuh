@@ -141,6 +141,16 @@ __device__ inline void copy_async(void* shared, const void* global, bool good) {
   }
 }
 
+/// copy_async of 16 bytes for rows of which a block of threads takes a part of a line of 128 bytes:
+/// the first to ask brings the whole line to L2, where the others find the rest. DRAM gives lines
+/// faster than parts of them.
+__device__ inline void copy_async_line(void* shared, const void* global, bool good) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(good ? 16 : 0)
+               : "memory");
+}
+
 /// Ends a group of copies.
 __device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits for all but the last kPending groups of this thread.

@@ -106,15 +106,15 @@ struct ChannelRows {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i, from += kRowsAtOnce * stride) {
       const int t = first + i * kRowsAtOnce + row;
-      copy_async<16>(tile + offset(kBefore + row, unit) + copy_offset(i), from,
-                     active && t >= 0 && t < length);
+      copy_async_line(tile + offset(kBefore + row, unit) + copy_offset(i), from,
+                      active && t >= 0 && t < length);
     }
   }
   /// Of row `before` of the two before `first`; `from` is its at_step.
   __device__ void load_before(unsigned char* tile, const __nv_bfloat16* from, int first,
                               int before) const {
     const int t = first - kBefore + before;
-    copy_async<16>(tile + offset(before, unit), from, active && t >= 0 && t < length);
+    copy_async_line(tile + offset(before, unit), from, active && t >= 0 && t < length);
   }
   /// Stores what has taken the place of a tile. The thread reads where it copies to.
   __device__ void store(const unsigned char* tile, __nv_bfloat16* to, int64_t stride,

@@ -40,16 +40,6 @@ struct ModalMode {
   }
 };
 
-/// copy_async of 16 bytes for rows of which a CTA takes half a line of 128 bytes, or a team of warps
-/// a quarter: the first to ask brings the whole line to L2, where the others find the rest. DRAM
-/// gives lines faster than parts of them.
-__device__ inline void copy_async_line(void* shared, const void* global, bool good) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(good ? 16 : 0)
-      : "memory");
-}
-
 /// Element `at` of the featurizer or the skip.
 __device__ inline float modal_parameter(const void* p, bool is_bf16, int64_t at) {
   return is_bf16 ? load(static_cast<const __nv_bfloat16*>(p) + at)
