@@ -58,6 +58,14 @@ __device__ inline void wait_for_earlier_kernels() {
 #endif
 }
 
+/// Asks the L2 cache for what lies at p, if `good`. Nothing is read, and L2 sees what other kernels
+/// still write: it may come before wait_for_earlier_kernels(), and what a kernel needs is then near
+/// when the wait is over.
+__device__ inline void prefetch(const void* p, bool good = true) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %1, 0; @p prefetch.global.L2 [%0];}" ::"l"(p),
+               "r"(int{good}));
+}
+
 /// Lets a kernel have `bytes` of dynamic shared memory. The limit is only ever raised: another
 /// thread may be about to launch the same kernel with more.
 template <class Kernel>

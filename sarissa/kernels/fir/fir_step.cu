@@ -90,6 +90,23 @@ struct FirStepRuns {
   }
 };
 
+/// Prefetches the state of a thread's first run of taps, those taps and the skip.
+template <class T, class P, int V, int kRun>
+__device__ inline void prefetch_runs(const FirParams& p, const FirStep& plan, int64_t b, int d,
+                                     int lane) {
+  const int64_t D = p.width;
+  const int W = static_cast<int>(p.num_taps), first = lane * kRun;
+  const float* state = static_cast<const float*>(p.state) + (b * (W - 1) + W - 1) * D + d;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    const int k = first + i;
+    prefetch(state - k * D, k > 0 && k < W && p.state != nullptr);
+  }
+  prefetch(static_cast<const P*>(p.taps) + d / plan.group_width * p.num_taps + first, first < W);
+  const int64_t bytes = p.skip_is_T ? sizeof(T) : sizeof(float);
+  prefetch(static_cast<const char*>(p.skip) + d * bytes, lane == 0 && p.skip != nullptr);
+}
+
 /// The featurizer of one third of z; its state moves on where `mine`.
 template <class T, int V>
 __device__ inline Vector<float, V> gate(const FirParams& p, int64_t b, int64_t channel, bool mine) {
@@ -116,6 +133,21 @@ __device__ inline Vector<float, V> gate(const FirParams& p, int64_t b, int64_t c
   return c;
 }
 
+/// Prefetches what `gate` reads.
+template <class T, int V>
+__device__ inline void prefetch_gate(const FirParams& p, int64_t b, int64_t channel) {
+  const int64_t N = 3 * p.width;
+  const T* state = static_cast<const T*>(p.featurizer_state) + b * 2 * N + channel;
+  prefetch(static_cast<const T*>(p.x) + b * p.x_stride_b + channel);
+  prefetch(state + N, p.featurizer_state != nullptr);
+  prefetch(state, p.featurizer_state != nullptr);
+  const int64_t bytes = p.featurizer_is_T ? sizeof(T) : sizeof(float);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    prefetch(static_cast<const char*>(p.featurizer) + (channel * 3 + i * V) * bytes);
+  }
+}
+
 /// P is the type of the taps; the channels of a thread share them or not.
 template <class T, class P, int V, int kRun, bool kShared>
 __global__ void __launch_bounds__(kThreads<kRun>)
@@ -131,9 +163,15 @@ __global__ void __launch_bounds__(kThreads<kRun>)
   const int d = mine ? wanted : 0;
   const int64_t b = blockIdx.y, D = p.width;
 
+  const bool gates_thread = lane >= plan.runs;
+  const int third = lane - plan.runs;
+  if (gates_thread) {
+    prefetch_gate<T, V>(p, b, third * D + d);
+  } else {
+    prefetch_runs<T, P, V, kRun>(p, plan, b, d, lane);
+  }
   wait_for_earlier_kernels();
-  if (lane >= plan.runs) {
-    const int third = lane - plan.runs;
+  if (gates_thread) {
     gates[third][column] = gate<T, V>(p, b, third * D + d, mine);
     __syncthreads();
     return;

@@ -43,6 +43,30 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kNext = kLanes * kWide;  // modes to a thread's next quad
   const auto has = [&](int quad) { return quad * kNext + lane * kWide < in.modes; };
 
+  // Blocks that start later find the wait over: for them it would only be work.
+  constexpr unsigned kFirstBlocks = 1024;
+  if (blockIdx.y * gridDim.x + blockIdx.x < kFirstBlocks) {
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad) {
+      prefetch(log_pole + quad * kNext, has(quad));
+      prefetch(residue + quad * kNext, has(quad));
+#pragma unroll
+      for (int i = 0; i < kEntries; ++i) {
+        prefetch(state + i * per_entry + quad * kNext,
+                 first + i < in.batch && in.state != nullptr && has(quad));
+      }
+    }
+    // Worth its instructions only where a step is short.
+    if constexpr (kEntries == 1) {
+      prefetch(z);
+      prefetch(z_state, in.featurizer_state != nullptr);
+      prefetch(z_state + N, in.featurizer_state != nullptr);
+      const int64_t bytes = in.featurizer_is_T ? sizeof(T) : sizeof(float);
+      prefetch(static_cast<const char*>(in.featurizer) + z_channel * 3 * bytes);
+      const int64_t skip_bytes = in.skip_is_T ? sizeof(T) : sizeof(float);
+      prefetch(static_cast<const char*>(in.skip) + channel * skip_bytes, in.skip != nullptr);
+    }
+  }
   wait_for_earlier_kernels();
   // All loads come before the first use of one: they take one memory latency together.
   Quad log_poles[kQuads], residues[kQuads];

@@ -1,6 +1,7 @@
 // Backward of phalanx on CUDA at the speed of memory. A thread owns 4 bytes of neighbouring
 // channels and a strip of blocks, and marches from right to left in chunks of at most 16 steps. b
-// and v come through a ring of shared memory that only its warp uses, c and dy through registers.
+// and v come through a ring of shared memory that only its warp uses, c and dy through registers
+// or, where nothing is folded and rows are packed, through the ring too.
 //
 // With x the whole state w + r v, `arriving` the adjoint that comes from the right (q, the carry's
 // adjoint, at the block's end) and T the product of all coefficients since r was 1:
@@ -21,24 +22,33 @@
 namespace sarissa::kernels {
 namespace {
 
-// Registers, and shared memory at 6 slots, allow no more.
-constexpr int kCtas = 2;
-
 /// kLanes neighbouring lanes own a head.
-template <class T, int kLanes, bool kSaved, int kGroup>
+template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
 struct March {
   static constexpr int V = kSwrMarchBytes / sizeof(T);  // channels of a thread
   static constexpr int kHeads = 32 / kLanes;            // heads of a warp
+
+  /// Whether all rows come through the ring, and what follows. Then registers hold the gates in
+  /// place of c and dy, and a CTA that has its multiprocessor to itself keeps up with the memory,
+  /// which likes the fewer rows on their way. Folding is too much work for that: it wants two CTAs,
+  /// the most that registers, and shared memory at 6 slots, allow.
+  static constexpr bool kAllInRing = kSaved && kWidth > 0;
+  static constexpr int kCtas = kAllInRing ? 1 : 2;  // on a multiprocessor
+  static constexpr int kAhead = kAllInRing ? 1 : kSwrMarchAhead;
 
   /// A chunk of the ring; thread i reads only column i.
   struct alignas(16) Rows {
     Vector<T, V> b[kChunk][kSwrThreads], v[kChunk][kSwrThreads];
   };
+  struct AllRows : Rows {
+    Vector<T, V> c[kChunk][kSwrThreads], dy[kChunk][kSwrThreads];
+  };
   struct FoldedRows : Rows {
     float end_state[V][kSwrThreads];  // E; from the back's entry into the block on: x at its start
     float product[kSwrThreads];       // G
   };
-  using Slot = std::conditional_t<kSaved, Rows, FoldedRows>;
+  using Slot =
+      std::conditional_t<kAllInRing, AllRows, std::conditional_t<kSaved, Rows, FoldedRows>>;
   using Decays = MarchDecays<T, kHeads>;
   /// Gradients of b and c of a chunk from the heads that share them.
   struct Shares {
@@ -59,8 +69,9 @@ struct March {
 template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
 __global__ void __launch_bounds__(kSwrThreads)
     swr_bwd_march_kernel(SwrBwdParams params, SwrMarch plan) {
-  using M = March<T, kLanes, kSaved, kGroup>;
-  constexpr int V = M::V;
+  using M = March<T, kLanes, kSaved, kGroup, kWidth>;
+  constexpr int V = M::V, kAhead = M::kAhead;
+  constexpr bool kAllInRing = M::kAllInRing;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename M::Shared*>(shared_bytes);
   const SwrInputs& in = params.in;
@@ -121,32 +132,55 @@ __global__ void __launch_bounds__(kSwrThreads)
   typename M::Decays front_decays = back_decays;
   const int my_head = lane / kLanes;
 
-  const auto copy_chunk = [&]<bool kInside>(const Cursor& chunk) {
+  // The lanes of a warp copy packed rows for each other, 16 bytes at a time: kUnits to a row, so
+  // kTogether rows at once.
+  constexpr int kUnits = 32 * kSwrMarchBytes / 16, kTogether = 32 / kUnits;
+  const int unit_row = lane / kUnits, unit_tid = tid - lane + lane % kUnits * (32 / kUnits);
+  // Where a chunk is copied from and to, row by row.
+  struct Copies {
+    Rows rows;
+    bool wanted, late_wanted;  // b and v; c and dy
+    const T *b, *v, *c, *dy;
+    typename M::Slot& slot;
+  };
+  const auto copies_of = [&](const Cursor& chunk) {
     const Rows rows(grid, chunk);
-    auto& slot = shared.slots[chunk.slot];
-    const bool wanted = chunk.n < end && chunk.n >= warm;
+    const int64_t t = rows.t0 + (kWidth > 0 ? unit_row : 0);
+    const int64_t unit = kWidth > 0 ? (unit_tid - tid) * V : 0;
+    return Copies{rows,
+                  chunk.n < end && chunk.n >= warm,
+                  chunk.n >= first,
+                  b_in + t * gate_step + unit,
+                  v_in + t * v_step + unit,
+                  c_in + t * gate_step + unit,
+                  dy + t * dy_step + unit,
+                  shared.slots[chunk.slot]};
+  };
+  // Packed: rows k .. k + kTogether - 1.
+  const auto copy_rows = [&]<bool kInside>(const Copies& from, int k) {
+    const int i = k + unit_row;
+    const bool good = kInside || (from.wanted && from.rows.has(i));
+    copy_async<16>(&from.slot.b[i][unit_tid], from.b + k * kRow, good);
+    copy_async<16>(&from.slot.v[i][unit_tid], from.v + k * kRow, good);
+    if constexpr (kAllInRing) {
+      const bool late_good = kInside || (from.late_wanted && from.rows.has(i));
+      copy_async<16>(&from.slot.c[i][unit_tid], from.c + k * kRow, late_good);
+      copy_async<16>(&from.slot.dy[i][unit_tid], from.dy + k * int64_t{kWidth}, late_good);
+    }
+  };
+  const auto copy_chunk = [&]<bool kInside>(const Cursor& chunk) {
+    const Copies from = copies_of(chunk);
     if constexpr (kWidth > 0) {
-      // The lanes copy for each other, 16 bytes at a time.
-      constexpr int kUnits = 32 * kSwrMarchBytes / 16, kTogether = 32 / kUnits;
-      const int unit = lane % kUnits, to = tid - lane + unit * (32 / kUnits);
-      const int64_t offset = int64_t{rows.t0 + lane / kUnits} * kRow + (to - tid) * V;
-      const T *b = b_in + offset, *v = v_in + offset;
       __syncwarp();  // all lanes have read what the slot held
 #pragma unroll
-      for (int k = 0; k < kChunk; k += kTogether, b += kTogether * kRow, v += kTogether * kRow) {
-        const int i = k + lane / kUnits;
-        const bool good = kInside || (wanted && rows.has(i));
-        copy_async<16>(&slot.b[i][to], b, good);
-        copy_async<16>(&slot.v[i][to], v, good);
-      }
+      for (int k = 0; k < kChunk; k += kTogether) copy_rows.template operator()<kInside>(from, k);
     } else {
-      const T* b = b_in + int64_t{rows.t0} * gate_step;
-      const T* v = v_in + int64_t{rows.t0} * v_step;
+      const T *b = from.b, *v = from.v;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i, b += gate_step, v += v_step) {
-        const bool good = kInside || (wanted && rows.has(i));
-        copy_async<kSwrMarchBytes>(&slot.b[i][tid], b, good);
-        copy_async<kSwrMarchBytes>(&slot.v[i][tid], v, good);
+        const bool good = kInside || (from.wanted && from.rows.has(i));
+        copy_async<kSwrMarchBytes>(&from.slot.b[i][tid], b, good);
+        copy_async<kSwrMarchBytes>(&from.slot.v[i][tid], v, good);
       }
     }
     copies_commit();
@@ -177,9 +211,9 @@ __global__ void __launch_bounds__(kSwrThreads)
     next_c -= gate_step;
     next_dy -= dy_step;
   };
-  {
+  back_decays.template fetch<false>(back);
+  if constexpr (!kAllInRing) {
     const Rows rows(grid, back);
-    back_decays.template fetch<false>(back);
     point_at(rows);
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) fetch_row(end < blocks && rows.has(i), i);
@@ -191,8 +225,9 @@ __global__ void __launch_bounds__(kSwrThreads)
     const SwrSaved saved = params.saved;
     const float* from =
         static_cast<const float*>(saved.states) + (row * saved.chunks + chunk) * channels + channel;
+    const auto x = load_vector<float, V>(from);
 #pragma unroll
-    for (int k = 0; k < V; ++k) to[k] = from[k];
+    for (int k = 0; k < V; ++k) to[k] = x[k];
   };
   const auto fetch_state = [&](const Cursor& chunk) {
     if constexpr (kSaved) {
@@ -221,12 +256,23 @@ __global__ void __launch_bounds__(kSwrThreads)
   const int delay = kSaved ? 0 : K - 1;  // steps that the front makes alone
   const int steps = delay + (end - first + 1) * K;
 
-  // Makes the copies of a step and, when folding, the front's work.
-  const auto front_step = [&]<bool kInside>() {
-    copy_chunk.template operator()<kInside>(copied);
-    copied.retreat(plan);
-    copies_wait<kAhead>();
-    if constexpr (kWidth > 0) __syncwarp();  // other lanes' copies are there too
+  // Makes the copies of a step and, when folding, the front's work. With all in the ring the copies
+  // of a step inside are left to back_step.
+  const auto front_step = [&]<bool kInside>(int step) {
+    if constexpr (kAllInRing) {
+      copies_wait<kAhead - 1>();
+      // Warps that stay near each other read and write their parts of a row at about the same time.
+      // (CTAs must not be held together: their turns of reading and writing would coincide.)
+      constexpr int kSyncSteps = 4;
+      if (step % kSyncSteps == 0) __syncthreads();
+      __syncwarp();  // other lanes' copies are there too, and all have read the oldest chunk
+    }
+    if constexpr (!(kAllInRing && kInside)) copy_chunk.template operator()<kInside>(copied);
+    if constexpr (!kAllInRing) {
+      copies_wait<kAhead>();
+      if constexpr (kWidth > 0) __syncwarp();  // other lanes' copies are there too
+    }
+    if constexpr (!(kAllInRing && kInside)) copied.retreat(plan);
     if constexpr (!kSaved) {
       if (front.n >= warm) {
         auto& coefficients = shared.front[warp];
@@ -250,6 +296,20 @@ __global__ void __launch_bounds__(kSwrThreads)
     }
   };
 
+  const auto c_of = [&](const auto& slot, int i) {
+    if constexpr (kAllInRing) {
+      return slot.c[i][tid];
+    } else {
+      return c[i];
+    }
+  };
+  const auto dy_of = [&](const auto& slot, int i) {
+    if constexpr (kAllInRing) {
+      return slot.dy[i][tid];
+    } else {
+      return g[i];
+    }
+  };
   // The gradients of the back's chunk; of the halo only the adjoint.
   const auto back_step = [&]<bool kInside>(bool more) {
     const Rows rows(grid, back);
@@ -259,21 +319,22 @@ __global__ void __launch_bounds__(kSwrThreads)
     next.retreat(plan);
     const Rows next_rows(grid, next);
     if (kInside || more) back_decays.template fetch<kInside>(next);
-    point_at(next_rows);
+    if constexpr (!kAllInRing) point_at(next_rows);
+    const auto& slot = shared.slots[back.slot];
     if (!kInside && back.n == end) {
 #pragma unroll
       for (int i = kChunk - 1; i >= 0; --i) {
         const float a = coefficients[i][my_head];
-        const Vector<T, V> ci = c[i], gi = g[i];
-        fetch_row(more && next_rows.has(i), i);
+        const Vector<T, V> ci = c_of(slot, i), gi = dy_of(slot, i);
+        if constexpr (!kAllInRing) fetch_row(more && next_rows.has(i), i);
 #pragma unroll
         for (int k = 0; k < V; ++k) arriving[k] = a * (gi[k] * ci[k] + arriving[k]);
       }
       fetch_state(next);
       return;
     }
-    const auto& slot = shared.slots[back.slot];
     float x[kChunk + 1][V], share[kChunk];
+    float gates[kAllInRing ? kChunk : 1][V];  // sigmoid(b), where registers are left for it
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       if constexpr (kSaved) {
@@ -283,13 +344,25 @@ __global__ void __launch_bounds__(kSwrThreads)
       }
     }
     fetch_state(next);
+    const Copies copies = copies_of(copied);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float a = coefficients[i][my_head];
       if constexpr (kSaved) product *= a;
       const Vector<T, V> b = slot.b[i][tid], vv = slot.v[i][tid];
 #pragma unroll
-      for (int k = 0; k < V; ++k) x[i + 1][k] = a * x[i][k] + sigmoid<T>(b[k]) * vv[k];
+      for (int k = 0; k < V; ++k) {
+        const float gate = sigmoid<T>(b[k]);
+        if constexpr (kAllInRing) gates[i][k] = gate;
+        x[i + 1][k] = a * x[i][k] + gate * vv[k];
+      }
+      if constexpr (kAllInRing && kInside) {  // here, so that the reads are spread over the step
+        if (i % kTogether == 0) copy_rows.template operator()<true>(copies, i);
+      }
+    }
+    if constexpr (kAllInRing && kInside) {
+      copies_commit();
+      copied.retreat(plan);
     }
     const int64_t last_row = rows.t0 + kChunk - 1;
     T* db_i = db + last_row * dgate_step;
@@ -299,12 +372,12 @@ __global__ void __launch_bounds__(kSwrThreads)
     for (int i = kChunk - 1; i >= 0; --i) {
       const float a = coefficients[i][my_head];
       const Vector<T, V> b = slot.b[i][tid], vv = slot.v[i][tid];
-      const Vector<T, V> ci = c[i], gi = g[i];
-      fetch_row(kInside || (more && next_rows.has(i)), i);
+      const Vector<T, V> ci = c_of(slot, i), gi = dy_of(slot, i);
+      if constexpr (!kAllInRing) fetch_row(kInside || (more && next_rows.has(i)), i);
       float dci[V], dvi[V], dbi[V], sum = 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const float gate = sigmoid<T>(b[k]);
+        const float gate = kAllInRing ? gates[i][k] : sigmoid<T>(b[k]);
         const float pw = gi[k] * ci[k] + arriving[k];
         arriving[k] = a * pw;
         sum += pw * x[i][k];
@@ -372,9 +445,9 @@ __global__ void __launch_bounds__(kSwrThreads)
     const bool inside = full_chunks && back.n < end && (back.n < blocks - 1 || last_complete) &&
                         copied.n >= warm && (copied.n > 0 || grid.index == 0);
     if (inside) {
-      front_step.template operator()<true>();
+      front_step.template operator()<true>(step);
     } else {
-      front_step.template operator()<false>();
+      front_step.template operator()<false>(step);
     }
     if (step < delay) continue;
 
@@ -483,22 +556,25 @@ __global__ void __launch_bounds__(kSwrThreads)
 
 template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
 Status launch(const SwrBwdParams& params, cudaStream_t stream) {
-  using M = March<T, kLanes, kSaved, kGroup>;
+  using M = March<T, kLanes, kSaved, kGroup, kWidth>;
   const SwrInputs& in = params.in;
   const auto kernel = swr_bwd_march_kernel<T, kLanes, kSaved, kGroup, kWidth>;
   const SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads * in.width, in.window,
-                                       sizeof(T), kCtas, multiprocessors());
-  const size_t bytes = sizeof(typename M::Shared) + (plan.slots - 1) * sizeof(typename M::Slot);
+                                       sizeof(T), M::kAhead, M::kCtas, multiprocessors());
+  size_t bytes = sizeof(typename M::Shared) + (plan.slots - 1) * sizeof(typename M::Slot);
+  const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
+  if (M::kCtas == 1 && ctas <= static_cast<unsigned>(multiprocessors())) {
+    bytes = alone_on_multiprocessor(bytes);
+  }
   const Status allowed = allow_shared_memory(kernel, bytes);
   if (!allowed.ok()) return allowed;
-  const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
   launch_early(kernel, dim3(ctas), kSwrThreads, bytes, stream, params, plan);
   return launch_status(kSaved ? (kWidth > 0 ? "march_saved_packed" : "march_saved")
                               : (kWidth > 0 ? "march_folded_packed" : "march_folded"));
 }
 
 // Whether inputs and gradients are packed rows [a: H | b: H P | c: H P | v: H P] with nothing
-// between, as phalanx's projection writes them, and b and v aligned for copies of 16 bytes.
+// between, as phalanx's projection writes them, and rows aligned for copies of 16 bytes.
 template <class T>
 bool packed(const SwrBwdParams& params) {
   const SwrInputs& in = params.in;
@@ -511,6 +587,7 @@ bool packed(const SwrBwdParams& params) {
          params.dgate_step == row && params.du_step == row && params.dx_step == channels &&
          in.u_head == in.width && params.dx_head == in.width && follow(in.b, in.c, in.u) &&
          vector_aligned<T, 16 / sizeof(T)>(in.b, {in.gate_batch}) &&
+         vector_aligned<T, 16 / sizeof(T)>(params.dx, {params.dx_batch}) &&
          follow(params.db, params.dc, params.du);
 }
 
@@ -548,7 +625,8 @@ bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype) {
   return swr_lanes_fit(in, dtype) && in.window >= kSwrMarchMinWindow &&
          in.length <= kSwrMarchLength &&
          (group == 1 || (in.width == 16 && (group == 2 || group == 4))) &&
-         (!swr_saves(in.window) || params.saved.states != nullptr) &&
+         (!swr_saves(in.window) ||
+          (params.saved.states != nullptr && vector_aligned<float, 2>(params.saved.states, {}))) &&
          swr_lane_gradients_fit(params, dtype);
 }
 

@@ -8,7 +8,6 @@
 namespace sarissa::kernels {
 
 constexpr int kChunk = kSwrChunk;
-constexpr int kAhead = kSwrMarchAhead;
 
 /// SwrGrid in 32 bits.
 struct Grid {

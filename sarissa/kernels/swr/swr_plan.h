@@ -226,7 +226,7 @@ inline bool swr_chains_window(int64_t batch, int64_t length, int64_t channels, i
 }
 
 /// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels and has
-/// kSwrMarchAhead chunks of its reads in flight.
+/// kSwrMarchAhead chunks of its reads in flight, or fewer where all rows come through the ring.
 constexpr int kSwrMarchBytes = 4;
 constexpr int kSwrMarchAhead = 2;
 /// Below this window most rows of its chunks would be empty.
@@ -270,14 +270,14 @@ struct SwrMarch {
 };
 
 /// One wave of CTAs: as many strips as fit beside each other, since every strip repeats a block at
-/// both ends.
+/// both ends. `ahead` chunks are in flight.
 inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t channels, int64_t window,
-                               int64_t bytes_per_element, int ctas_per_multiprocessor,
+                               int64_t bytes_per_element, int ahead, int ctas_per_multiprocessor,
                                int multiprocessors) {
   SwrMarch plan{};
   plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
   // Folding keeps the block of the back and the one to its left.
-  plan.slots = (swr_saves(window) ? 1 : 2 * plan.chunks_per_block) + kSwrMarchAhead;
+  plan.slots = (swr_saves(window) ? 1 : 2 * plan.chunks_per_block) + ahead;
   plan.columns = (channels * bytes_per_element - 1) / (128 * kSwrMarchBytes) + 1;
   plan.max_blocks = swr_max_blocks(window, length);
   const SwrStrips strips =
