@@ -1,6 +1,7 @@
 // Sliding window recurrences on the CPU: a plain loop over time, vectorised over the channels of a
 // head. In double this is the specification of the family. Letters as in README.md.
 #include <algorithm>
+#include <type_traits>
 
 #include "sarissa/kernels/common/cpu.h"
 #include "sarissa/kernels/common/cpu_math.h"
@@ -436,10 +437,12 @@ SARISSA_INLINE void fwd(const SwrFwdParams& params, int64_t begin, int64_t end) 
 
 template <class T>
 SARISSA_INLINE void bwd(const SwrBwdParams& params, int64_t begin, int64_t end) {
+  // A width known when this is compiled pays for layers, which are gated and not in double.
+  constexpr int kLayerWidth = std::is_same_v<T, double> ? 0 : 16;
   if (!params.in.gated) {
     bwd_items<T, false, 0>(params, begin, end);
-  } else if (params.in.width == 16 && !std::is_same_v<T, double>) {
-    bwd_items<T, true, std::is_same_v<T, double> ? 0 : 16>(params, begin, end);
+  } else if (params.in.width == kLayerWidth) {
+    bwd_items<T, true, kLayerWidth>(params, begin, end);
   } else {
     bwd_items<T, true, 0>(params, begin, end);
   }
