@@ -231,13 +231,14 @@ Status with_variant(const FirMarch& plan, const F& f) {
   return with_taps.template operator()<1, 16>();
 }
 
-/// Bytes of shared memory for blocks that need `bytes`. Where blocks outnumber the multiprocessors
-/// and march far, each gets so much that it has one to itself: two side by side have more rows on
-/// their way than the memory takes well, and are slower than one after the other.
+/// Bytes of shared memory for blocks that need `bytes`: so much that each has a multiprocessor to
+/// itself. Two side by side have more rows on their way than the memory takes well, and are slower
+/// than one after the other; and where there is a place for every block, two could still meet on
+/// the first multiprocessor that the kernel before leaves. Many short strips may share.
 inline int fir_march_shared(const FirParams& p, const FirMarch& plan, int bytes) {
   constexpr int kFar = 128;
   const int64_t blocks = plan.columns * p.batch * plan.strips;
-  if (blocks <= kFirMultiprocessors || plan.steps < kFar) return bytes;
+  if (blocks > kFirMultiprocessors && plan.steps < kFar) return bytes;
   return static_cast<int>(alone_on_multiprocessor(bytes));
 }
 

@@ -93,7 +93,7 @@ inline FirTensorFwd fir_tensor_fwd_variant(const FirParams& p, int slices, int t
 
 /// Cuts time into strips such that it lasts least with `share` blocks of threads at a time on each
 /// multiprocessor; returns how long, in a unit of its own. The first strip need not start early, so
-/// it is longer by what the others lose.
+/// it may be longer by what the others lose.
 template <class Plan>
 int64_t fir_tensor_fwd_cut(const FirParams& p, int share, Plan& plan) {
   const int64_t places = share * kFirMultiprocessors, blocks = plan.columns * p.batch;
@@ -107,10 +107,11 @@ int64_t fir_tensor_fwd_cut(const FirParams& p, int share, Plan& plan) {
   const int64_t most = std::clamp<int64_t>(kMostTurns * places / blocks, 1, tiles);
   int64_t best_time = std::numeric_limits<int64_t>::max();
   for (int64_t strips = 1; strips <= most; ++strips) {
-    const int64_t lost = strips > 1 ? before * kBefore : 0, lead = lost / inside;
-    if (lead >= tiles) break;
+    const int64_t lost = strips > 1 ? before * kBefore : 0, most_lead = lost / inside;
+    if (most_lead >= tiles) break;
     const int64_t turns = fir_ceil_div(blocks * strips, places);
-    const int64_t strip_tiles = fir_ceil_div(tiles - lead, strips);
+    const int64_t strip_tiles = fir_ceil_div(tiles - most_lead, strips);
+    const int64_t lead = std::max<int64_t>(0, tiles - strips * strip_tiles);
     const int64_t time =
         turns * (strip_tiles * inside + lost + kBefore) * (share == 1 ? 83 : 80 * share);
     if (time >= best_time) continue;
