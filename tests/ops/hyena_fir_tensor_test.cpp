@@ -27,6 +27,32 @@ using Shape = test::FirShape;
 
 constexpr auto kBF16 = DType::kBFloat16;
 
+/// The plan of 4096 channels in `groups` groups, with any number of taps, fits every GPU.
+template <class MakePlan>
+void expect_every_gpu_takes(int64_t groups, const MakePlan& make_plan) {
+  for (const int64_t shared : {kH100, kA100, kSmall}) {
+    for (int64_t W = 15; W <= 1024; ++W) {
+      const auto plan = make_plan(plan_problem({1, 8192, 4096, groups, W}), kBF16, shared);
+      ASSERT_TRUE(plan) << W << " taps, " << shared;
+      EXPECT_LE(plan.shared_bytes + 1024, shared) << W;
+      EXPECT_GE(16 * (plan.lags - 1), W - 1) << W;
+      EXPECT_GE(plan.history, plan.lags - 1 + plan.tile_blocks()) << W;
+      EXPECT_EQ(plan.history % plan.tile_blocks(), 0) << W;
+    }
+  }
+}
+
+/// Strips hold all steps, and columns of slices of `slice` channels all channels.
+template <class Plan>
+void expect_strips_cover_time(const Plan& plan, int64_t slice, const Shape& s) {
+  EXPECT_EQ(plan.steps % plan.tile_steps(), 0) << s;
+  EXPECT_EQ(plan.lead % plan.tile_steps(), 0) << s;
+  if (plan.strips == 1) EXPECT_EQ(plan.lead, 0) << s;
+  EXPECT_GE(plan.lead + int64_t{plan.steps} * plan.strips, s.L) << s;
+  EXPECT_LT(plan.lead + int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+  EXPECT_GE(plan.columns * slice * plan.slices, s.D) << s;
+}
+
 TEST(HyenaFirTensorPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   const auto takes = [](const Shape& s) { return fir_tensor_takes(plan_problem(s), kBF16); };
   for (const int64_t W : {15, 16, 128, 1024}) EXPECT_TRUE(takes({2, 99, 4096, 256, W})) << W;
@@ -52,17 +78,7 @@ TEST(HyenaFirTensorPlan, TakesManyTapsInGroupsOfSixteenChannels) {
 }
 
 TEST(HyenaFirTensorPlan, FitsTheSharedMemoryOfEveryGpu) {
-  for (const int64_t shared : {kH100, kA100, kSmall}) {
-    for (int64_t W = 15; W <= 1024; ++W) {
-      const FirTensorFwd plan =
-          fir_tensor_fwd_plan(plan_problem({1, 8192, 4096, 256, W}), kBF16, shared);
-      ASSERT_TRUE(plan) << W << " taps, " << shared;
-      EXPECT_LE(plan.shared_bytes + 1024, shared) << W;
-      EXPECT_GE(16 * (plan.lags - 1), W - 1) << W;
-      EXPECT_GE(plan.history, plan.lags - 1 + plan.tile_blocks()) << W;
-      EXPECT_EQ(plan.history % plan.tile_blocks(), 0) << W;
-    }
-  }
+  expect_every_gpu_takes(256, kernels::fir_tensor_fwd_plan);
   const auto name = [](int64_t W, int64_t shared) {
     return fir_tensor_fwd_plan(plan_problem({1, 65536, 4096, 256, W}), kBF16, shared).name;
   };
@@ -75,13 +91,7 @@ TEST(HyenaFirTensorPlan, StripsCoverTime) {
                          Shape{1, 2048, 4096, 256, 128}, Shape{1, 131072, 4096, 256, 128},
                          Shape{8, 1024, 4096, 256, 128}, Shape{1, 8192, 4096, 256, 1024},
                          Shape{300, 77, 256, 16, 30}, Shape{1, 1000003, 64, 4, 500}}) {
-    const FirTensorFwd plan = fir_tensor_fwd_plan(plan_problem(s), kBF16, kH100);
-    EXPECT_EQ(plan.steps % plan.tile_steps(), 0) << s;
-    EXPECT_EQ(plan.lead % plan.tile_steps(), 0) << s;
-    if (plan.strips == 1) EXPECT_EQ(plan.lead, 0) << s;
-    EXPECT_GE(plan.lead + int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(plan.lead + int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
-    EXPECT_GE(plan.columns * 16 * plan.slices, s.D) << s;
+    expect_strips_cover_time(fir_tensor_fwd_plan(plan_problem(s), kBF16, kH100), 16, s);
   }
 }
 
@@ -100,17 +110,7 @@ TEST(HyenaFirChannelPlan, TakesOtherGroups) {
 }
 
 TEST(HyenaFirChannelPlan, FitsTheSharedMemoryOfEveryGpu) {
-  for (const int64_t shared : {kH100, kA100, kSmall}) {
-    for (int64_t W = 15; W <= 1024; ++W) {
-      const FirChannelFwd plan =
-          fir_channel_fwd_plan(plan_problem({1, 8192, 4096, 4096, W}), kBF16, shared);
-      ASSERT_TRUE(plan) << W << " taps, " << shared;
-      EXPECT_LE(plan.shared_bytes + 1024, shared) << W;
-      EXPECT_GE(16 * (plan.lags - 1), W - 1) << W;
-      EXPECT_GE(plan.history, plan.lags - 1 + plan.tile_blocks()) << W;
-      EXPECT_EQ(plan.history % plan.tile_blocks(), 0) << W;
-    }
-  }
+  expect_every_gpu_takes(4096, kernels::fir_channel_fwd_plan);
   const auto name = [](int64_t W, int64_t shared) {
     return fir_channel_fwd_plan(plan_problem({1, 8192, 4096, 4096, W}), kBF16, shared).name;
   };
@@ -124,13 +124,7 @@ TEST(HyenaFirChannelPlan, StripsCoverTime) {
   for (const Shape& s : {Shape{1, 2, 64, 64, 15}, Shape{2, 129, 72, 3, 128},
                          Shape{1, 8192, 4096, 512, 128}, Shape{1, 131072, 4096, 4096, 128},
                          Shape{1, 8192, 4096, 4096, 1024}, Shape{300, 77, 256, 256, 30}}) {
-    const FirChannelFwd plan = fir_channel_fwd_plan(plan_problem(s), kBF16, kH100);
-    EXPECT_EQ(plan.steps % plan.tile_steps(), 0) << s;
-    EXPECT_EQ(plan.lead % plan.tile_steps(), 0) << s;
-    if (plan.strips == 1) EXPECT_EQ(plan.lead, 0) << s;
-    EXPECT_GE(plan.lead + int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(plan.lead + int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
-    EXPECT_GE(plan.columns * 8 * plan.slices, s.D) << s;
+    expect_strips_cover_time(fir_channel_fwd_plan(plan_problem(s), kBF16, kH100), 8, s);
   }
 }
 

@@ -533,17 +533,9 @@ Status run(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream
 }  // namespace
 
 Status fir_channel_bwd(const FirBwdParams& p, const FirChannelBwd& plan, cudaStream_t stream) {
-  const auto with_lags = [&]<int kLags>() {
+  return fir_with_bwd_lags(plan.lags, [&]<int kLags>() {
     return plan.slices == 4 ? run<4, kLags>(p, plan, stream) : run<2, kLags>(p, plan, stream);
-  };
-  switch (plan.lags) {
-    case 3:
-      return with_lags.template operator()<3>();
-    case 5:
-      return with_lags.template operator()<5>();
-    default:
-      return with_lags.template operator()<9>();
-  }
+  });
 }
 
 }  // namespace sarissa::kernels

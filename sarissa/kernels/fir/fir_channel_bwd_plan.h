@@ -62,18 +62,10 @@ inline FirChannelBwd fir_channel_bwd_plan(const FirBwdParams& p, DType dtype, in
   return plan;
 }
 
-/// Its workspace, of each strip: featurizer_partial [B, strips, 3D, 3]; taps_partial [B, strips, D
-/// + D W], the skip's gradient, then those of the taps for every channel.
+/// Its workspace: of each strip the skip's gradient, then those of the taps for every channel, D +
+/// D W.
 inline FirWorkspace fir_channel_bwd_workspace(const FirBwdParams& p, const FirChannelBwd& plan) {
-  const int64_t partials = p.batch * plan.strips;
-  return {
-      .u = 0,
-      .packed_taps = 0,
-      .dq = 0,
-      .dc = 0,
-      .taps_partial = partials * p.width * (1 + p.num_taps),
-      .featurizer_partial = partials * 9 * p.width,
-  };
+  return fir_strips_workspace(p, plan.strips, p.width * (1 + p.num_taps));
 }
 
 }  // namespace sarissa::kernels

@@ -244,19 +244,24 @@ inline FirStep fir_step_plan(const FirParams& p, DType dtype) {
   return plan;
 }
 
-/// The march's workspace, for the backward alone: of each strip, featurizer_partial [B, strips, 3D,
-/// 3]; taps_partial [B, strips, D + (W-1) D / vector], tap 0 of each channel, then the other taps
-/// of each thread.
-inline FirWorkspace fir_march_workspace(const FirParams& p, const FirMarch& plan) {
-  const int64_t partials = p.batch * plan.strips;
+/// The workspace of a backward that marches along strips and sums the gradients of each, `taps` of
+/// them for taps and skip: featurizer_partial [B, strips, 3D, 3]; taps_partial [B, strips, taps].
+inline FirWorkspace fir_strips_workspace(const FirParams& p, int64_t strips, int64_t taps) {
+  const int64_t partials = p.batch * strips;
   return {
       .u = 0,
       .packed_taps = 0,
       .dq = 0,
       .dc = 0,
-      .taps_partial = partials * (p.width + (p.num_taps - 1) * (p.width / plan.vector)),
+      .taps_partial = partials * taps,
       .featurizer_partial = partials * 9 * p.width,
   };
+}
+
+/// The march's workspace, for the backward alone: of each strip tap 0 of each channel, then the
+/// other taps of each thread, D + (W-1) D / vector.
+inline FirWorkspace fir_march_workspace(const FirParams& p, const FirMarch& plan) {
+  return fir_strips_workspace(p, plan.strips, p.width + (p.num_taps - 1) * (p.width / plan.vector));
 }
 
 /// CUDA layouts: u [B, W-1+L, D]; dq [B, L, D]; dc [B, L, 3D]; taps_partial [B * gradient chunks +

@@ -915,18 +915,10 @@ Status fir_tensor_sum(const FirBwdParams& p, int partials, int unit, const char*
 
 Status fir_tensor_bwd(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream) {
   if (plan.parts > 1) return run<9, Mode::kLong>(p, plan, stream);
-  const auto with_lags = [&]<int kLags>() {
+  return fir_with_bwd_lags(plan.lags, [&]<int kLags>() {
     return fir_has_states(p) ? run<kLags, Mode::kStates>(p, plan, stream)
                              : run<kLags, Mode::kPlain>(p, plan, stream);
-  };
-  switch (plan.lags) {
-    case 3:
-      return with_lags.template operator()<3>();
-    case 5:
-      return with_lags.template operator()<5>();
-    default:
-      return with_lags.template operator()<9>();
-  }
+  });
 }
 
 }  // namespace sarissa::kernels

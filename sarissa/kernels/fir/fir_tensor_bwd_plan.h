@@ -88,20 +88,14 @@ inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype, int6
   return plan;
 }
 
-/// Its workspace, of each strip: featurizer_partial [B, strips, 3D, 3]; taps_partial [B, strips,
-/// D + (D / 16) W], the skip's gradient, then those of the taps for every 16 channels. With more
-/// than one part also u and dq [B, L, D]: what the parts add to q and du.
+/// Its workspace: of each strip the skip's gradient, then those of the taps for every 16 channels,
+/// D
+/// + (D / 16) W. With more than one part also u and dq [B, L, D]: what the parts add to q and du.
 inline FirWorkspace fir_tensor_bwd_workspace(const FirBwdParams& p, const FirTensorBwd& plan) {
-  const int64_t partials = p.batch * plan.strips;
-  const int64_t sums = plan.parts > 1 ? p.batch * p.length * p.width : 0;
-  return {
-      .u = sums,
-      .packed_taps = 0,
-      .dq = sums,
-      .dc = 0,
-      .taps_partial = partials * (p.width + p.width / kFirBlockSide * p.num_taps),
-      .featurizer_partial = partials * 9 * p.width,
-  };
+  FirWorkspace workspace =
+      fir_strips_workspace(p, plan.strips, p.width + p.width / kFirBlockSide * p.num_taps);
+  if (plan.parts > 1) workspace.u = workspace.dq = p.batch * p.length * p.width;
+  return workspace;
 }
 
 }  // namespace sarissa::kernels
