@@ -606,6 +606,12 @@ TEST(HyenaModalPlan, TensorCoresTakeAlignedColumnsOfBfloat16) {
   };
   EXPECT_EQ(plan().columns, 128);
   EXPECT_EQ(plan().ranks, 1);
+  // A CTA takes as many batch entries as keep all multiprocessors busy.
+  EXPECT_EQ(plan().entries, 2);
+  EXPECT_EQ(plan(256).entries, 1);
+  in.length = 512;  // two tiles: too short for the pipeline
+  EXPECT_EQ(plan().entries, 1);
+  in.length = 5000;
   EXPECT_FALSE(kernels::modal_tensor_fwd_plan(in, kernels::DType::kFloat32, 132));
   const auto refused = [&](auto&& change) {
     const kernels::ModalInputs before = in;
@@ -630,6 +636,18 @@ TEST(HyenaModalPlan, TensorCoresTakeAlignedColumnsOfBfloat16) {
   EXPECT_EQ(plan().ranks, 1);
   in.length = 1 << 20, in.width = 32;
   EXPECT_EQ(plan().ranks, kernels::kModalTensorMostRanks);
+}
+
+TEST(HyenaModalPlan, BatchEntriesFollowOneAnotherWhereThatSavesTime) {
+  const auto entries = [](int64_t batch, int64_t columns) {
+    return kernels::modal_entries(batch, 8, columns, 132, 3);
+  };
+  EXPECT_EQ(entries(1, 128), 1);
+  EXPECT_EQ(entries(4, 128), 4);
+  EXPECT_EQ(entries(4, 64), 2);
+  EXPECT_EQ(entries(3, 68), 1);  // 3 in 68 CTAs would leave half of the multiprocessors idle
+  EXPECT_EQ(entries(4, 32), 1);  // all run at once
+  EXPECT_EQ(entries(65535, 128), 64);
 }
 
 TEST(HyenaModal, SavesOnlyWhereAskedAndTheSameShapeEverywhere) {
@@ -739,11 +757,14 @@ TEST(HyenaModal, TensorBackwardPlan) {
     return kernels::modal_tensor_bwd_plan(in, kernels::DType::kBFloat16, 100 << 10, shared);
   };
   EXPECT_EQ(plan(1, 8192, 4096).chunks, 1);
+  EXPECT_EQ(plan(4, 2048, 4096).entries, 4);
+  EXPECT_EQ(plan(1, 8192, 4096).entries, 1);
   EXPECT_EQ(plan(1, 1 << 20, 1024).chunks, 4);  // 32 columns on 132 multiprocessors
   for (const int64_t length : {2, 255, 256, 257, 5000, 100000, 1 << 20}) {
     for (const int64_t width : {32, 96, 1024, 4096}) {
       const auto p = plan(2, length, width);
       EXPECT_EQ(p.tiles, (length + 255) / 256);
+      EXPECT_TRUE(p.chunks == 1 || p.entries == 1) << length << " " << width;
       EXPECT_GE(p.chunks * p.chunk_tiles, p.tiles) << length << " " << width;
       EXPECT_LT((p.chunks - 1) * p.chunk_tiles, p.tiles) << length << " " << width;
       EXPECT_EQ(p.teams, 2);
@@ -763,10 +784,11 @@ TEST(HyenaModal, CudaTensorBackwardMatchesTheCpuInDouble) {
     double tolerance = 1.2e-2;  // gradients that are sums of few products can cancel
   };
   const Case cases[] = {
-      {{2, 37, 32, 32, 16}, "tensor"},     // less than a tile
-      {{1, 2, 64, 2, 3}, "tensor", 4e-2},  // fewer steps than the featurizer, modes
-      {{1, 256, 32, 32, 16}, "tensor"},    // one tile
-      {{2, 300, 4096, 64, 16}, "tensor"},  //
+      {{2, 37, 32, 32, 16}, "tensor"},       // less than a tile
+      {{1, 2, 64, 2, 3}, "tensor", 4e-2},    // fewer steps than the featurizer, modes
+      {{1, 256, 32, 32, 16}, "tensor"},      // one tile
+      {{2, 300, 4096, 64, 16}, "tensor"},    // a team takes both entries
+      {{3, 257, 4096, 4096, 16}, "tensor"},  // all three
       {{3, 2031, 96, 6, 12, false, false}, "tensor_chunks"},  //
       {{2, 2048, 32, 32, 16}, "tensor_chunks"},               //
       {{1, 4999, 64, 1, 16}, "tensor_chunks"},                // one group
@@ -1061,6 +1083,34 @@ TEST(HyenaModal, CudaTensorSplitsLeaveTheStateOfTheWhole) {
       EXPECT_LE(relative_rms(second.state.inner, whole.state.inner), 1e-5) << cut;
       EXPECT_TRUE(bit_equal(second.state.featurizer, whole.state.featurizer)) << cut;
       if (cut > 1) EXPECT_TRUE(bit_equal(first.y, whole.y.narrow(1, 0, cut))) << cut;
+    }
+  }
+}
+
+/// A CTA may march through several batch entries; each comes out as if it were alone.
+TEST(HyenaModal, CudaBatchEntriesAreBitEqualToThemselvesAlone) {
+  SKIP_WITHOUT_CUDA();
+  const test::PoisonMemory poison;
+  for (const Shape& shape : {Shape{3, 800, 4096, 64, 16}, Shape{5, 769, 4096, 4096, 7, true, false},
+                             Shape{3, 300, 4096, 4096, 16}}) {
+    const Problem all(shape);
+    const auto got = run_tensor(all, 0, shape.length, start_of(all), true);
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      Problem one = all;
+      one.shape.batch = 1;
+      one.z = all.z.narrow(0, b, 1);
+      if (shape.state) {
+        one.featurizer_state = all.featurizer_state.narrow(0, b, 1);
+        one.inner_state = all.inner_state.narrow(0, b, 1);
+      }
+      const auto alone = run_tensor(one, 0, shape.length, start_of(one), true);
+      const auto expect_equal = [&](const Tensor& entry, const Tensor& want, const char* name) {
+        EXPECT_TRUE(bit_equal(entry.narrow(0, b, 1), want)) << name << " " << b << " of " << shape;
+      };
+      expect_equal(got.y, alone.y, "y");
+      expect_equal(got.state.inner, alone.state.inner, "inner state");
+      expect_equal(got.state.featurizer, alone.state.featurizer, "featurizer state");
+      expect_equal(got.saved, alone.saved, "saved");
     }
   }
 }

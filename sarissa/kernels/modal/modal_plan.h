@@ -39,10 +39,33 @@ inline int64_t modal_saved_entries(int64_t length, int64_t width, int64_t modes,
   return wanted ? (length + kModalSavedSteps - 1) / kModalSavedSteps : 0;
 }
 
+/// How many of `batch` entries a CTA of the tensor core kernels marches through one after the
+/// other, of `tiles` tiles each, with `columns` CTAs side by side: as the time is least, counted in
+/// tiles of a multiprocessor. A CTA begins with `overhead` of them, for its tables and to fill its
+/// pipeline.
+inline int64_t modal_entries(int64_t batch, int64_t tiles, int64_t columns, int64_t multiprocessors,
+                             int64_t overhead) {
+  constexpr int64_t kMost = 64;
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t entries = 1; entries <= std::min(batch, kMost); ++entries) {
+    const int64_t ctas = columns * ((batch + entries - 1) / entries);
+    const int64_t turns = (ctas + multiprocessors - 1) / multiprocessors;
+    const int64_t time = turns * (entries * tiles + overhead);
+    if (time < least) {
+      best = entries;
+      least = time;
+    }
+    if (turns == 1) break;
+  }
+  return best;
+}
+
 /// How the tensor core forward takes a problem: `columns` of channels side by side, and for each of
-/// them and batch entry `ranks` CTAs that take its tiles of time in turn.
+/// them a CTA for every `entries` batch entries, or for one entry `ranks` CTAs that take its tiles
+/// of time in turn.
 struct ModalTensorFwd {
   int columns = 0;  // 0: it does not take the problem
+  int entries = 1;
   int ranks = 1;
 
   explicit operator bool() const { return columns > 0; }
@@ -54,7 +77,8 @@ constexpr int kModalTensorMostRanks = 16;
 ///
 /// As many ranks as fit beside each other, a multiprocessor each. Outputs do not depend on their
 /// number where it is not 1, and the first tile not even there: so appended tokens do not change
-/// the outputs before them.
+/// the outputs before them. Nor do they depend on entries; the kernel looks up to 3 tiles ahead, so
+/// that entries that follow one another must have as many.
 inline ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype,
                                             int multiprocessors) {
   constexpr int64_t kMost = int64_t{1} << 28;
@@ -69,7 +93,12 @@ inline ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype,
   const int64_t tiles = (in.length + kModalTensorTile - 1) / kModalTensorTile;
   const int64_t ranks =
       std::min({multiprocessors / (columns * in.batch), tiles, int64_t{kModalTensorMostRanks}});
-  return {static_cast<int>(columns), static_cast<int>(std::max<int64_t>(1, ranks))};
+  constexpr int64_t kOverhead = 3, kLeastTiles = 3;
+  const int64_t entries = ranks > 1 || tiles < kLeastTiles
+                              ? 1
+                              : modal_entries(in.batch, tiles, columns, multiprocessors, kOverhead);
+  return {static_cast<int>(columns), static_cast<int>(entries),
+          static_cast<int>(std::max<int64_t>(1, ranks))};
 }
 
 }  // namespace sarissa::kernels

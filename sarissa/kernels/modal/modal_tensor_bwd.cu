@@ -23,6 +23,9 @@
 // This used sum H E_u = sum C residue lambda E_dq, which lacks the states at the two ends times
 // their gradients; those are added 7.5 times, the weight that F lacks.
 //
+// A team may march through several batch entries one after the other: its tables are made, and its
+// sums leave, once for all of them.
+//
 // Few channels do not fill a GPU: then time is cut in chunks. A first pass makes the adjoint that
 // each chunk sends to its left, from zero. A chunk composes what arrives from those to its right
 // and starts one tile early, for the gradients that the featurizer's adjoint wants from there.
@@ -42,7 +45,7 @@ constexpr int kMeetTiles = 2;
 /// The buffers beside the operator's own.
 struct Buffers {
   float* arriving;  // [B, chunks - 1, D, kModes]: what chunk c + 1 sends to c, from zero
-  // Partial sums, per part of the problem (batch entry and chunk) and channel.
+  // Partial sums, per part of the problem (batch entries of a team, and chunk) and channel.
   float *dlog_poles, *dresidues;  // [parts, D, N]
   Parameters dskip;               // [parts, D]
   Parameters dfeaturizer;         // [parts, 3D, 3]
@@ -62,7 +65,8 @@ struct BackwardMarch {
   const Buffers& buffers;
   TeamShared& shared;
   const int team, thread, warp, lane;
-  const int batch, channel0, chunk;
+  int batch;  // the entry that it marches through
+  const int channel0, chunk;
   float lags[2][6] = {};       // per channel: sums over blocks of dq u
   float state_sum[2][2] = {};  // per channel, modes r and r + 8: S
   float pole_sum[2][2] = {};   // A
@@ -79,16 +83,16 @@ struct BackwardMarch {
         thread(threadIdx.x % kTeamThreads),
         warp(thread / 32),
         lane(thread % 32),
-        batch(blockIdx.y),
+        batch(blockIdx.y * plan.entries),
         channel0((blockIdx.x * (blockDim.x / kTeamThreads) + team) * kChannels),
         chunk(blockIdx.z + (kArriving ? 1 : 0)) {}
 
   __device__ void barrier() const { meet(team, false); }
   __device__ bool is_last(int tile) const { return tile == plan.tiles - 1; }
 
-  /// Starts to copy the rows of a tile, zeros beyond the sequence, the two rows of z before it, and
-  /// the states that enter it.
-  __device__ void load(int tile, Stage& stage) const {
+  /// Starts to copy the rows of a tile of a batch entry, zeros beyond the sequence, the two rows of
+  /// z before it, and the states that enter it.
+  __device__ void load(int batch, int tile, Stage& stage) const {
     const ModalInputs& in = p.in;
     const unsigned thread = again_thread(), row = thread / 2, part = thread % 2;
     const int64_t t0 = int64_t{tile} * kTile, column = channel0 + 8 * part;
@@ -433,6 +437,21 @@ struct BackwardMarch {
       }
     }
   }
+  /// The gradients of the states before the first step, and what A lacks of them: 7.5 for
+  /// sum H E_u. Another batch entry may follow.
+  __device__ void finish_adjoint(const Stage& stage) {
+    const int lane = again_thread() % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int q = i / 2, m = i % 2, channel = 2 * warp + q, n = lane / 4 + 8 * m;
+      if (lane % 4 == 3) {
+        const int64_t at = batch * p.in.width + channel0 + channel;
+        if (n < p.in.modes) static_cast<float*>(p.dstate)[at * p.in.modes + n] = adjoint[q][m];
+        pole_sum[q][m] = fmaf(-7.5f * adjoint[q][m], stage.states[channel][n], pole_sum[q][m]);
+      }
+      adjoint[q][m] = 0.0f;
+    }
+  }
 
   __device__ void add_taps(int third, float2 dc, float2 z0, float2 z1, float2 z2) {
     const float2 z[3] = {z0, z1, z2};
@@ -562,43 +581,55 @@ struct BackwardMarch {
     }
   }
 
-  /// The tiles of the chunk, from right to left.
+  /// The tiles of the chunk, from right to left, of one batch entry after the other.
   __device__ void run() {
     // The first pass makes what arrives at the right edge of the tile that a chunk starts early.
     const int first = chunk * plan.chunk_tiles + (kArriving ? 1 : 0);
     const int end = min(first + plan.chunk_tiles, plan.tiles);
     const bool early = !kArriving && end < plan.tiles;
-    int tile = early ? end : end - 1;
-    if (tile >= first) load(tile, shared.stages[0]);
+    const int start = early ? end : end - 1;
+    if (start >= first) load(batch, start, shared.stages[0]);
     make_tables();
     if (early) start_adjoint();
+    const int end_batch = min(batch + plan.entries, static_cast<int>(p.in.batch));
     int stage = 0;
-    for (; tile >= first; --tile) {
-      const bool all = plan.teams == kTeams && tile % kMeetTiles == 0;
-      const Stage& now = shared.stages[stage];
-      copies_wait<0>();
-      meet(team, all && team == 0);
-      if (tile > first) load(tile - 1, shared.stages[stage ^ 1]);
-      gates(now);
-      barrier();
-      const Pointers at;
+    for (; batch < end_batch; ++batch) {
+      for (int tile = start; tile >= first; --tile) {
+        const bool all = plan.teams == kTeams && tile % kMeetTiles == 0;
+        const Stage& now = shared.stages[stage];
+        copies_wait<0>();
+        meet(team, all && team == 0);
+        if (tile > first) {
+          load(batch, tile - 1, shared.stages[stage ^ 1]);
+        } else if (batch + 1 < end_batch) {
+          load(batch + 1, start, shared.stages[stage ^ 1]);
+        }
+        gates(now);
+        barrier();
+        const Pointers at;
 #pragma unroll
-      for (int q = 0; q < 2; ++q) filter(now, at, tile, q);
-      meet(team, all && team > 0);
-      if (!kArriving) {
-        gradients(now, tile, tile < end, stage);
-        if (tile == end) forget_sums();
+        for (int q = 0; q < 2; ++q) filter(now, at, tile, q);
+        if (!kArriving && tile == 0) finish_adjoint(now);
+        meet(team, all && team > 0);
+        if (!kArriving) {
+          gradients(now, tile, tile < end, stage);
+          if (tile == end) forget_sums();
+        }
+        stage ^= 1;
       }
-      stage ^= 1;
+      if (!kArriving && chunk == 0) {
+        barrier();
+        finish_rows(stage);
+      }
     }
     if (kArriving) {
       send_adjoint();
       return;
     }
-    const LastOfMode last = last_of_mode();
+    const ModalMode mode(p.in, channel0 + 2 * warp + lane / kModes, lane % kModes);
     barrier();
-    finish_filter(last);
-    finish_featurizer(stage);
+    finish_filter(mode);
+    finish_featurizer();
   }
 
   __device__ int64_t adjoint_at(int of_chunk, int q, int m) const {
@@ -640,11 +671,34 @@ struct BackwardMarch {
     for (int i = 0; i < 18; ++i) d_taps[i / 6][i / 2 % 3][i % 2] = 0.0f;
   }
 
-  __device__ int64_t part_of_sums() const { return int64_t{batch} * plan.chunks + chunk; }
+  __device__ int64_t part_of_sums() const { return int64_t{blockIdx.y} * plan.chunks + chunk; }
 
-  /// The sums for the taps over the lanes, and the gradients of the two rows before the sequence.
-  /// `parity`: of the edges left last.
-  __device__ void finish_featurizer(int parity) const {
+  /// The gradients of the two rows before the sequence, from the edges left last, those of
+  /// `parity`; they become zeros, for the batch entry that may follow.
+  __device__ void finish_rows(int parity) {
+    const ModalInputs& in = p.in;
+    const unsigned thread = again_thread();
+    if (thread >= 3 * kChannels) return;
+    const int third = thread / kChannels, c = thread % kChannels;
+    float(&dc)[2][kChannels] = shared.edges[parity][third];
+    const float(&w)[3][kChannels] = shared.taps[third];
+    float dz[2] = {w[2][c] * dc[0][c], fmaf(w[1][c], dc[0][c], w[2][c] * dc[1][c])};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t state_row = r - in.length;  // of the state after the last step
+      const auto at = [&](int64_t row) {
+        return ((int64_t{batch} * 2 + row) * 3 + third) * in.width + channel0 + c;
+      };
+      if (kEnds && state_row >= 0 && p.dfeaturizer_state_out != nullptr) {
+        dz[r] += kernels::load(static_cast<const Bf16*>(p.dfeaturizer_state_out) + at(state_row));
+      }
+      kernels::store(static_cast<Bf16*>(p.dfeaturizer_state) + at(r), dz[r]);
+      dc[r][c] = 0.0f;
+    }
+  }
+
+  /// The sums for the taps over the lanes.
+  __device__ void finish_featurizer() const {
     const ModalInputs& in = p.in;
     float(&sums)[kTeamWarps][9][kChannels] =
         *reinterpret_cast<float(*)[kTeamWarps][9][kChannels]>(&shared.stages[0]);
@@ -667,39 +721,11 @@ struct BackwardMarch {
       buffers.dfeaturizer.store(((part_of_sums() * 3 + third) * in.width + channel0 + c) * 3 + k,
                                 sum);
     }
-    if (chunk == 0 && thread < 6 * kChannels) {
-      const int third = thread / (2 * kChannels), r = thread / kChannels % 2;
-      const float(&dc)[2][kChannels] = shared.edges[parity][third];
-      const float(&w)[3][kChannels] = shared.taps[third];
-      float dz = r == 0 ? w[2][c] * dc[0][c] : fmaf(w[1][c], dc[0][c], w[2][c] * dc[1][c]);
-      const int64_t state_row = r - in.length;  // of the state after the last step
-      const auto at = [&](int64_t row) {
-        return ((batch * 2 + row) * 3 + third) * in.width + channel0 + c;
-      };
-      if (kEnds && state_row >= 0 && p.dfeaturizer_state_out != nullptr) {
-        dz += kernels::load(static_cast<const Bf16*>(p.dfeaturizer_state_out) + at(state_row));
-      }
-      kernels::store(static_cast<Bf16*>(p.dfeaturizer_state) + at(r), dz);
-    }
   }
 
-  /// What a lane needs for one mode of one of the warp's channels when the march is over; read
-  /// before the sums, which then do not wait for it.
-  struct LastOfMode {
-    ModalMode mode;
-    float start;  // the state before the first step
-  };
-  __device__ LastOfMode last_of_mode() const {
-    const int64_t entries = ceil_div<int64_t>(p.in.length, kModalSavedSteps);
-    const int64_t at = channel0 + 2 * warp + lane / kModes;
-    const auto* const saved = static_cast<const float*>(p.saved);
-    return {ModalMode(p.in, at, lane % kModes),
-            chunk > 0 ? 0.0f : saved[(batch * entries * p.in.width + at) * kModes + lane % kModes]};
-  }
-
-  /// The sums for poles, residues and skip over the lanes, and the gradient of the first state.
-  /// Half a warp has one of its channels.
-  __device__ void finish_filter(const LastOfMode& last) const {
+  /// The sums for poles, residues and skip over the lanes. Half a warp has one of its channels, and
+  /// a lane of it `mode`, which is read before the sums, so that they do not wait for it.
+  __device__ void finish_filter(const ModalMode& mode) const {
     static_assert(2 * kModes == 32);
     const ModalInputs& in = p.in;
     const int own = lane / kModes, n = lane % kModes;
@@ -725,24 +751,20 @@ struct BackwardMarch {
       lag += i <= 15 - n ? product : 0.0f;
     }
 
-    // Mode n is number n / 8 of quad n % 8; its adjoint is in the quad's last lane.
-    const auto of_mode = [&](const float(&x)[2][2], bool sum, int from) {
+    // Mode n is number n / 8 of quad n % 8.
+    const auto of_mode = [&](const float(&x)[2][2]) {
       float mine = 0.0f;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float of = x[i / 2][i % 2];
-        if (sum) {
-          of += __shfl_xor_sync(~0u, of, 1);
-          of += __shfl_xor_sync(~0u, of, 2);
-        }
-        of = __shfl_sync(~0u, of, n % 8 * 4 + from);
+        of += __shfl_xor_sync(~0u, of, 1);
+        of += __shfl_xor_sync(~0u, of, 2);
+        of = __shfl_sync(~0u, of, n % 8 * 4);
         if (i == 2 * own + n / 8) mine = of;
       }
       return mine;
     };
-    const float s = of_mode(state_sum, true, 0), a = of_mode(pole_sum, true, 0),
-                h = of_mode(adjoint, false, 3);
-    const ModalMode& mode = last.mode;
+    const float s = of_mode(state_sum), a = of_mode(pole_sum);
     const float lambda = modal_power(mode.log_pole, 1);
     float dresidue = lambda * s, inside = 0.0f;
 #pragma unroll
@@ -751,15 +773,11 @@ struct BackwardMarch {
       dresidue += term;
       inside = fmaf(static_cast<float>(d), term, inside);
     }
-    const float dlog_pole =
-        a + mode.residue * fmaf(16.0f * lambda, s, inside) - 7.5f * h * last.start;
+    const float dlog_pole = a + mode.residue * fmaf(16.0f * lambda, s, inside);
     const int64_t part = part_of_sums() * in.width + at;
     if (n < in.modes) {
       buffers.dlog_poles[part * in.modes + n] = dlog_pole;
       buffers.dresidues[part * in.modes + n] = dresidue;
-      if (chunk == 0) {
-        static_cast<float*>(p.dstate)[(batch * in.width + at) * in.modes + n] = h;
-      }
     }
     if (n == 0) buffers.dskip.store(part, lag);
   }
@@ -825,7 +843,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 /// Whether the partial sums of the only part are the gradients.
 bool is_direct(const ModalInputs& in, const ModalTensorBwd& plan) {
-  return in.batch * plan.chunks == 1 && in.groups == in.width;
+  return plan.parts(in) == 1 && in.groups == in.width;
 }
 
 }  // namespace
@@ -862,7 +880,8 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
   }
   const size_t shared = plan.teams * sizeof(TeamShared);
   const dim3 grid(static_cast<unsigned>(in.width / (plan.teams * kChannels)),
-                  static_cast<unsigned>(in.batch), static_cast<unsigned>(plan.chunks));
+                  static_cast<unsigned>(plan.parts(in) / plan.chunks),
+                  static_cast<unsigned>(plan.chunks));
   const auto march = [&](auto* kernel, dim3 grid) {
     const Status status = allow_shared_memory(kernel, shared);
     if (!status.ok()) return status;
@@ -881,8 +900,7 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
   if (!status.ok() || is_direct(in, plan)) return status;
   const int64_t threads = 2 * in.groups * in.modes * 32 + 10 * in.width;
   const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(threads, kSumThreads)));
-  launch_early(modal_tensor_sum_kernel, blocks, kSumThreads, 0, s, p, buffers,
-               in.batch * plan.chunks);
+  launch_early(modal_tensor_sum_kernel, blocks, kSumThreads, 0, s, p, buffers, plan.parts(in));
   return launch_status(plan.name);
 }
 

@@ -13,19 +13,27 @@ struct ModalTensorBwd {
   int teams = 0;  // of a CTA, side by side; 0: it does not take the problem
   int tiles = 0;
   int chunks = 1, chunk_tiles = 0;  // of time
+  int entries = 1;                  // of the batch that a team takes one after the other
   const char* name = nullptr;
 
   explicit operator bool() const { return teams > 0; }
+  /// Of the problem; each has sums of its own.
+  int64_t parts(const ModalInputs& in) const { return (in.batch + entries - 1) / entries * chunks; }
 };
 
+/// Multiprocessors that the plan counts on: those of an H100, not of the actual GPU, so that
+/// gradients have the same bits everywhere.
+constexpr int64_t kModalBwdMultiprocessors = 132;
+
 /// How many chunks to cut `tiles` into, with `ctas` for each: the fewest that take the least time,
-/// counted in tiles of a multiprocessor of an H100 (not of the actual GPU, so that gradients have
-/// the same bits everywhere). A chunk starts a tile early; tiles of the first pass, which all but
-/// one chunk take, are cheaper.
+/// counted in tiles of a multiprocessor. A chunk starts a tile early; tiles of the first pass,
+/// which all but one chunk take, are cheaper.
 inline int modal_bwd_chunks(int64_t ctas, int64_t tiles) {
-  constexpr int64_t kMultiprocessors = 132, kMost = 64;
+  constexpr int64_t kMost = 64;
   constexpr double kFirstPass = 0.35;
-  const auto turns = [&](int64_t n) { return (n + kMultiprocessors - 1) / kMultiprocessors; };
+  const auto turns = [&](int64_t n) {
+    return (n + kModalBwdMultiprocessors - 1) / kModalBwdMultiprocessors;
+  };
   int64_t best = 1;
   auto least = static_cast<double>(turns(ctas) * tiles);
   for (int64_t chunks = 2; chunks <= std::min(kMost, tiles / 2); ++chunks) {
@@ -64,9 +72,15 @@ inline ModalTensorBwd modal_tensor_bwd_plan(const ModalInputs& in, DType dtype, 
   constexpr int kTeams = kModalTensorChannels / kModalTeamChannels;
   plan.teams = kTeams * team_bytes <= shared_bytes ? kTeams : 1;
   plan.tiles = static_cast<int>((in.length + kModalBwdTile - 1) / kModalBwdTile);
-  const int chunks = modal_bwd_chunks(in.width / kModalTensorChannels * in.batch, plan.tiles);
+  const int64_t columns = in.width / kModalTensorChannels;
+  const int chunks = modal_bwd_chunks(columns * in.batch, plan.tiles);
   plan.chunk_tiles = (plan.tiles + chunks - 1) / chunks;
   plan.chunks = (plan.tiles + plan.chunk_tiles - 1) / plan.chunk_tiles;
+  if (plan.chunks == 1) {
+    constexpr int64_t kOverhead = 2;
+    plan.entries = static_cast<int>(
+        modal_entries(in.batch, plan.tiles, columns, kModalBwdMultiprocessors, kOverhead));
+  }
   plan.name = plan.chunks > 1 ? "tensor_chunks" : "tensor";
   return plan;
 }
@@ -76,7 +90,7 @@ struct ModalTensorBwdWorkspace {
   int64_t arriving, poles, skip, featurizer;
 
   ModalTensorBwdWorkspace(const ModalInputs& in, const ModalTensorBwd& plan) {
-    const int64_t parts = in.batch * plan.chunks;
+    const int64_t parts = plan.parts(in);
     arriving = in.batch * (plan.chunks - 1) * in.width * kModalTensorModes;
     poles = parts * in.width * in.modes;
     skip = parts * in.width;

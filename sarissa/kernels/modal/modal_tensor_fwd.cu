@@ -1,7 +1,8 @@
 // Forward of hyena_modal on tensor cores, bfloat16 with up to 16 modes: one pass over memory.
 //
-// A CTA owns 32 channels of one batch entry and marches through time in tiles of 16 blocks; the
-// carry, the modes' states between tiles, stays in registers. A tile goes through three phases:
+// A CTA owns 32 channels and marches through time in tiles of 16 blocks; the carry, the modes'
+// states between tiles, stays in registers. Batch entries may follow one another in one march, so
+// that the filters are made once for all of them. A tile goes through three phases:
 //   pre-gate   u = c_pre c_value, from rows of z to u[channel][step]; a thread has two channels and
 //              eight steps
 //   convolve   q = h * u + skip u, in place; a warp has two channels, whose filters it keeps as
@@ -121,24 +122,30 @@ inline int64_t mail_bytes(const ModalTensorFwd& plan, int64_t batch) {
   return kMailRounds * batch * plan.columns * plan.ranks * kMail * int64_t{sizeof(TileEnd)};
 }
 
-/// A CTA's channels of one batch entry.
+/// A tile of time of a batch entry.
+struct Place {
+  int tile, b;
+};
+
+/// A CTA's channels.
 struct Column {
-  int b, channel;  // the first of kChannels
+  int channel;  // the first of kChannels
   int length;
-  const bf16* z;  // [L, 3D] from that channel on
   int64_t stride, width;
 
   __device__ Column(const ModalInputs& in, int column)
-      : b(static_cast<int>(blockIdx.y)),
-        channel(column * kChannels),
+      : channel(column * kChannels),
         length(static_cast<int>(in.length)),
-        z(static_cast<const bf16*>(in.u) + b * in.u_batch_stride + channel),
         stride(in.u_time_stride),
         width(in.width) {}
 
-  /// Row t >= -2 of one third of z, or null for zeros.
-  __device__ const bf16* row(const ModalInputs& in, int third, int t) const {
-    if (t >= 0) return z + t * stride + third * width;
+  /// z of a batch entry, [L, 3D], from the first channel on.
+  __device__ const bf16* z(const ModalInputs& in, int b) const {
+    return static_cast<const bf16*>(in.u) + b * in.u_batch_stride + channel;
+  }
+  /// Row t >= -2 of one third of z of a batch entry, or null for zeros.
+  __device__ const bf16* row(const ModalInputs& in, int b, int third, int t) const {
+    if (t >= 0) return z(in, b) + t * stride + third * width;
     if (in.featurizer_state == nullptr) return nullptr;
     return static_cast<const bf16*>(in.featurizer_state) +
            ((int64_t{b} * kHalo + t + kHalo) * 3 + third) * width + channel;
@@ -151,15 +158,12 @@ struct Copies {
   static constexpr int kRows = kThreads / kChunks;  // that all threads copy at a time
   static_assert(kTile == 2 * kRows && kRows % 16 == 0);
 
+  const ModalInputs& in;
   const Column& cta;
-  const bf16* z;  // as in the column
   int row, lane, warp;
   int to;  // where the thread's chunk lies in a slot
 
-  __device__ Copies(const ModalInputs& in, const Column& cta) : cta(cta) {
-    uint32_t b = blockIdx.y;
-    opaque(b);
-    z = static_cast<const bf16*>(in.u) + b * in.u_batch_stride + cta.channel;
+  __device__ Copies(const ModalInputs& in, const Column& cta) : in(in), cta(cta) {
     uint32_t thread = threadIdx.x;
     opaque(thread);  // made again every time: there are no registers to keep it in
     row = static_cast<int>(thread / kChunks);
@@ -167,13 +171,12 @@ struct Copies {
     warp = static_cast<int>(thread / 32);
     to = row_offset(row + kHalo) + lane % kChunks * 16;
   }
-  __device__ const bf16* chunk(int third, int t) const {
-    return z + t * cta.stride + third * cta.width + lane % kChunks * 8;
-  }
-  /// The tile that begins at step t, of thirds [first, first + kThirds).
+  /// Thirds [first, first + kThirds) of a tile.
   template <int kThirds>
-  __device__ void copy(int first, int t, unsigned char* const (&slots)[kThirds]) const {
-    const bf16* const from = chunk(first, t + row);
+  __device__ void copy(int first, Place at, unsigned char* const (&slots)[kThirds]) const {
+    const int t = at.tile * kTile;
+    const bf16* const z = cta.z(in, at.b) + lane % kChunks * 8;
+    const bf16* const from = z + (t + row) * cta.stride + first * cta.width;
     const int64_t half = kRows * cta.stride;
     const int rows = cta.length - t - row;
 #pragma unroll
@@ -181,15 +184,31 @@ struct Copies {
       copy_async_line(slots[k] + to, from + k * cta.width, rows > 0);
       copy_async_line(slots[k] + to + kRows * kRowBytes, from + k * cta.width + half, rows > kRows);
     }
-    // The rows before it, unless it is the first tile, whose rows are not in z.
+    // The rows before it.
 #pragma unroll
     for (int k = 0; k < kThirds; ++k) {
-      if (warp == first + k && t > 0 && lane < kHalo * kChunks) {
-        const int before = t - kHalo + lane / kChunks;
-        copy_async_line(slots[k] + row_offset(lane / kChunks) + lane % kChunks * 16,
-                        chunk(first + k, before), before < cta.length);
+      if (warp != first + k || lane >= kHalo * kChunks) continue;
+      const int j = lane / kChunks;
+      unsigned char* const to = slots[k] + row_offset(j) + lane % kChunks * 16;
+      if (t > 0) {
+        const int before = t - kHalo + j;
+        copy_async_line(to, z + before * cta.stride + (first + k) * cta.width, before < cta.length);
+      } else {
+        copy_state(to, cta.row(in, at.b, first + k, j - kHalo));
       }
     }
+  }
+  /// A chunk of a row before the sequence, which is aligned to an element only, or null for zeros.
+  __device__ void copy_state(unsigned char* to, const bf16* row) const {
+    constexpr int kElements = 16 / sizeof(bf16);
+    Vector<bf16, kElements> chunk = Vector<bf16, kElements>::zero();
+    if (row != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        reinterpret_cast<bf16*>(&chunk)[i] = row[lane % kChunks * kElements + i];
+      }
+    }
+    *reinterpret_cast<Vector<bf16, kElements>*>(to) = chunk;
   }
 };
 
@@ -245,10 +264,12 @@ struct Run {
 
 /// The mode of element j of what a lane holds of a channel's states.
 __device__ inline int mode_of(int column, int j) { return column + j % 2 + j / 2 * 8; }
-/// The state before the first step.
-__device__ inline float initial_state(const ModalInputs& in, const Column& cta, int own, int n) {
+/// The state before the first step of a batch entry.
+__device__ inline float initial_state(const ModalInputs& in, const Column& cta, int b, int own,
+                                      int n) {
   if (in.state == nullptr || n >= in.modes) return 0.0f;
-  return static_cast<const float*>(in.state)[(cta.b * in.width + cta.channel + own) * in.modes + n];
+  const int64_t at = (b * in.width + cta.channel + own) * in.modes + n;
+  return static_cast<const float*>(in.state)[at];
 }
 
 /// The filter of one channel as fragments, for a warp. A tile's blocks are the rows of its
@@ -263,8 +284,8 @@ struct Filter {
   // used by ranks.
   float carry[4];
 
-  /// Channel `own` of the CTA.
-  __device__ Filter(const ModalInputs& in, const Setup& setup, const Column& cta, int own) {
+  /// Channel `own` of the CTA, at the start of batch entry b.
+  __device__ Filter(const ModalInputs& in, const Setup& setup, const Column& cta, int b, int own) {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, column = lane % 4 * 2;
     const int modes = static_cast<int>(in.modes);
     const float* const log_poles = setup.log_pole[own];
@@ -287,9 +308,14 @@ struct Filter {
       local[half] =
           split_pair(lag >= 0 ? taps[max(lag, 0)] : 0.0f, lag >= 1 ? taps[max(lag - 1, 0)] : 0.0f);
     }
+    start(in, cta, b, own);
+  }
+  /// The carry at the start of a batch entry.
+  __device__ void start(const ModalInputs& in, const Column& cta, int b, int own) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      carry[j] = row == 0 ? initial_state(in, cta, own, mode_of(column, j)) : 0.0f;
+      carry[j] = lane / 4 == 0 ? initial_state(in, cta, b, own, mode_of(lane % 4 * 2, j)) : 0.0f;
     }
   }
 };
@@ -344,36 +370,48 @@ __device__ inline double scan_decay(const float4& decay) {
 
 template <bool kRanked>
 __global__ void __launch_bounds__(kThreads, 1)
-    modal_tensor_fwd_kernel(const __grid_constant__ ModalFwdParams p, int plan_ranks) {
+    modal_tensor_fwd_kernel(const __grid_constant__ ModalFwdParams p,
+                            const __grid_constant__ ModalTensorFwd plan) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<kRanked>*>(shared_bytes);
   wait_for_earlier_kernels();
   const ModalInputs& in = p.in;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int row = lane / 4, column = lane % 4 * 2;
-  const int ranks = kRanked ? plan_ranks : 1;
+  const int ranks = kRanked ? plan.ranks : 1;
   const int rank = static_cast<int>(blockIdx.x) % ranks;
   const int my_column = static_cast<int>(blockIdx.x) / ranks;
   const Column cta(in, my_column);
-  const int tiles = ceil_div(cta.length, kTile), rounds = ceil_div(tiles, ranks);
-  const auto tile_of = [&](int round) { return round * ranks + rank; };
+  const int tiles = ceil_div(cta.length, kTile);
+  // Batch entries, one after the other.
+  const int first_b = static_cast<int>(blockIdx.y) * (kRanked ? 1 : plan.entries);
+  const int entries = kRanked ? 1 : min(plan.entries, static_cast<int>(in.batch) - first_b);
+  const int rounds = kRanked ? ceil_div(tiles, ranks) : entries * tiles;
+  Place now = {rank, first_b};  // of the round that runs
+  // `later` rounds from now; the plan sees to it that no entry is shorter than that.
+  const auto place = [&](int later) {
+    const int tile = now.tile + later * ranks;
+    if (kRanked) return Place{tile, now.b};
+    if (tile < 0) return Place{tile + tiles, now.b - 1};
+    return tile < tiles ? Place{tile, now.b} : Place{tile - tiles, now.b + 1};
+  };
 
-  // Copies the tile of `round`, and for the post-gate, which needs it later, that of an earlier
-  // one.
-  const auto copy = [&](int round, int slot, int post_slot) {
+  // Copies the tile of `round`, `later` rounds from now, and for the post-gate, which needs it
+  // later, that of an earlier one.
+  const auto copy = [&](int round, int later, int slot, int post_slot) {
     constexpr int kBehind = 2 + kLag<kRanked>;
     const Copies copies(in, cta);
     if (round < rounds) {
-      copies.copy<2>(kPre, tile_of(round) * kTile, {shared.z[kPre][slot], shared.z[kValue][slot]});
+      copies.copy<2>(kPre, place(later), {shared.z[kPre][slot], shared.z[kValue][slot]});
     }
     const int post_round = round - kBehind;
     if (post_round >= 0 && post_round < rounds) {
-      copies.copy<1>(kPost, tile_of(post_round) * kTile, {shared.z[kPost][post_slot]});
+      copies.copy<1>(kPost, place(later - kBehind), {shared.z[kPost][post_slot]});
     }
     copies_commit();
   };
 #pragma unroll
-  for (int round = 0; round < kSlots<kRanked>; ++round) copy(round, round, 0);
+  for (int round = 0; round < kSlots<kRanked>; ++round) copy(round, round, round, 0);
 
   // What the tables are made of: all loads before the first use, while the first tiles arrive.
   static_assert(kThreads == kChannels * kModes && kBlock == kModes);
@@ -390,20 +428,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t at = (third * in.width + cta.channel + 2 * pair) * 3 + tap;
     featurizer = {modal_parameter(in.featurizer, in.featurizer_is_T, at),
                   modal_parameter(in.featurizer, in.featurizer_is_T, at + 3)};
-  }
-  if (rank == 0 && thread < 3 * kHalo * kChunks) {  // the rows before the sequence
-    const int third = thread / (kHalo * kChunks), j = thread / kChunks % kHalo;
-    const bf16* const from = cta.row(in, third, j - kHalo);  // aligned to an element only
-    constexpr int kElements = 16 / sizeof(bf16);
-    Vector<bf16, kElements> chunk = Vector<bf16, kElements>::zero();
-    if (from != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        reinterpret_cast<bf16*>(&chunk)[i] = from[thread % kChunks * kElements + i];
-      }
-    }
-    *reinterpret_cast<Vector<bf16, kElements>*>(shared.z[third][0] + row_offset(j) +
-                                                thread % kChunks * 16) = chunk;
   }
   if (thread < kFeaturizers) (&shared.featurizer[0][0][0])[thread] = featurizer;
 
@@ -441,8 +465,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   setup.taps[my_channel][my_mode] = my_tap;
   __syncthreads();
-  Filter filters[kOwn] = {Filter(in, setup, cta, warp * kOwn),
-                          Filter(in, setup, cta, warp * kOwn + 1)};
+  Filter filters[kOwn] = {Filter(in, setup, cta, first_b, warp * kOwn),
+                          Filter(in, setup, cta, first_b, warp * kOwn + 1)};
   __syncthreads();  // u takes the room of setup
 
   const auto pre_gate = [&](const Run& run, int slot, unsigned char* u_tile) {
@@ -464,8 +488,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  const auto post_gate = [&](const Run& run, int tile, int slot, const unsigned char* u_tile) {
-    const int t = tile * kTile + run.run * kRun;
+  const auto post_gate = [&](const Run& run, Place at, int slot, const unsigned char* u_tile) {
+    const int t = at.tile * kTile + run.run * kRun;
     const unsigned char* const z[] = {shared.z[kPost][slot]};
     const float2(*const taps[])[kPairs] = {shared.featurizer[kPost]};
     uint32_t q[2][kRun / 2];
@@ -476,10 +500,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     uint32_t out[kRun];
     run.featurize(z, taps, [&](int i, const float2(&c)[1]) {
-      const auto at = [&](uint32_t pair) { return i % 2 == 0 ? low_of(pair) : high_of(pair); };
-      out[i] = pack_pair(c[0].x * at(q[0][i / 2]), c[0].y * at(q[1][i / 2]));
+      const auto step = [&](uint32_t pair) { return i % 2 == 0 ? low_of(pair) : high_of(pair); };
+      out[i] = pack_pair(c[0].x * step(q[0][i / 2]), c[0].y * step(q[1][i / 2]));
     });
-    bf16* to = static_cast<bf16*>(p.y) + (int64_t{cta.b} * in.length + t) * in.width + cta.channel +
+    bf16* to = static_cast<bf16*>(p.y) + (int64_t{at.b} * in.length + t) * in.width + cta.channel +
                2 * run.pair;
     if (t + kRun <= cta.length) {
 #pragma unroll
@@ -518,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto mail = [&](int round, int from_rank) {
     const auto columns = static_cast<int>(in.width) / kChannels;
     const int of_column =
-        (round % kMailRounds * static_cast<int>(gridDim.y) + cta.b) * columns + my_column;
+        (round % kMailRounds * static_cast<int>(gridDim.y) + first_b) * columns + my_column;
     uint32_t at = (of_column * ranks + from_rank) * kMail + warp * 32;
     opaque(at);  // made again every time: there are no registers to keep it in
     return static_cast<TileEnd*>(p.workspace) + at;
@@ -543,7 +567,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
   float carry = 0.0f;  // of the thread's mode, before the tiles of a round
-  if constexpr (kRanked) carry = initial_state(in, cta, my_channel, my_mode);
+  if constexpr (kRanked) carry = initial_state(in, cta, first_b, my_channel, my_mode);
   // Messages that are read at once.
   constexpr int kTogether = 4;
   struct Ends {
@@ -586,8 +610,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   // my_start: of ranks, what follow_carry() gave.
-  const auto convolve = [&](int round, unsigned char* u_tile, float my_start) {
-    const int tile = tile_of(round);
+  const auto convolve = [&](Place at, unsigned char* u_tile, float my_start) {
     const float zero[4] = {};
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
@@ -632,17 +655,16 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       if (p.saved != nullptr && row % 4 == 0) {
         static_assert(kModalSavedSteps == 4 * 2 * kBlock);
-        const int entries = ceil_div(cta.length, kModalSavedSteps);
-        const int entry = tile * (kTile / kModalSavedSteps) + row / 4;
-        float* const to =
-            static_cast<float*>(p.saved) + column +
-            ((int64_t{cta.b} * entries + entry) * in.width + cta.channel + own) * kModes;
-        if (entry < entries) {
+        const int saved = ceil_div(cta.length, kModalSavedSteps);
+        const int entry = at.tile * (kTile / kModalSavedSteps) + row / 4;
+        float* const to = static_cast<float*>(p.saved) + column +
+                          ((int64_t{at.b} * saved + entry) * in.width + cta.channel + own) * kModes;
+        if (entry < saved) {
           *reinterpret_cast<float2*>(to) = {s[0][0], s[1][0]};
           *reinterpret_cast<float2*>(to + 8) = {s[2][0], s[3][0]};
         }
       }
-      if (tile == tiles - 1) {
+      if (at.tile == tiles - 1) {
         const int block = (cta.length - 1) % kTile / kBlock;
         if (row == block / 2) {
 #pragma unroll
@@ -651,10 +673,13 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
         if (lane < kBlock) {
-          const unsigned char* const at =
+          const unsigned char* const u_at =
               u_tile + u_offset(own, 2 * block + lane / 8) + lane % 8 * sizeof(bf16);
-          shared.last_u[own][lane] = load(reinterpret_cast<const bf16*>(at)) +
-                                     load(reinterpret_cast<const bf16*>(at + kPartBytes));
+          shared.last_u[own][lane] = load(reinterpret_cast<const bf16*>(u_at)) +
+                                     load(reinterpret_cast<const bf16*>(u_at + kPartBytes));
+        }
+        if constexpr (!kRanked) {
+          if (at.b + 1 < first_b + entries) f.start(in, cta, at.b + 1, own);
         }
       }
 
@@ -688,6 +713,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
+  // What goes out after the last step of a batch entry: the states of the modes, from the block
+  // that it lies in, and the featurizer's.
+  const auto store_states = [&](int b) {
+    uint32_t thread = threadIdx.x;
+    opaque(thread);  // as in Copies
+    const int own = static_cast<int>(thread) / kModes, n = static_cast<int>(thread) % kModes;
+    const ModalMode mode(in, cta.channel + own, n);
+    if (mode.there) {
+      const FloatPair pole(mode.exact_power(1));
+      float s = shared.last_states[own][n];
+      const int steps = (cta.length - 1) % kBlock + 1;
+      for (int i = 0; i < steps; ++i) s = recur(pole.high, pole.low, s, shared.last_u[own][i]);
+      const int64_t to = (b * in.width + cta.channel + own) * in.modes + n;
+      static_cast<float*>(p.state_out)[to] = s;
+    }
+    if (thread < 3 * kHalo * kChunks) {
+      const int third = static_cast<int>(thread) / (kHalo * kChunks);
+      const int i = static_cast<int>(thread) / kChunks % kHalo, chunk = thread % kChunks;
+      const bf16* from = cta.row(in, b, third, cta.length - kHalo + i);
+      const uint4 none = {};
+      const uint4 z = from != nullptr ? reinterpret_cast<const uint4*>(from)[chunk] : none;
+      bf16* const to = static_cast<bf16*>(p.featurizer_state_out) +
+                       ((int64_t{b} * kHalo + i) * 3 + third) * in.width + cta.channel;
+      reinterpret_cast<uint4*>(to)[chunk] = z;
+    }
+  };
+
   constexpr int kLate = kLag<kRanked>, kAhead = kSlots<kRanked>, kTilesOfU = 2 + kLate;
   copies_wait<kAhead - 1>();
   __syncthreads();
@@ -700,7 +752,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     // With two slots, the next one is also that of the tile before.
     const int next_slot = after(slot, kAhead), last_slot = after(next_slot, kAhead);
     const int u_next = after(u_slot, kTilesOfU), u_last = after(u_next, kTilesOfU);
-    copy(round + kAhead, slot, next_slot);
+    copy(round + kAhead, kAhead, slot, next_slot);
+    if (!kRanked && round > 0 && now.tile == 0) store_states(now.b - 1);
     const bool convolve_first = warp % 8 >= 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -711,44 +764,24 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (round > 0 && round <= rounds) my_start = follow_carry(round - 1);
         }
         if (round >= kLate && round < rounds + kLate) {
-          convolve(round - kLate, shared.u[kRanked ? u_last : u_slot], my_start);
+          convolve(place(-kLate), shared.u[kRanked ? u_last : u_slot], my_start);
         }
       } else {
         // The post-gate frees the u that the pre-gate writes.
         const Run run;
         if (round > kLate) {
-          post_gate(run, tile_of(round - 1 - kLate), kRanked ? slot : last_slot, shared.u[u_next]);
+          post_gate(run, place(-1 - kLate), kRanked ? slot : last_slot, shared.u[u_next]);
         }
         if (round + 1 < rounds) pre_gate(run, next_slot, shared.u[u_next]);
       }
     }
     slot = next_slot;
     u_slot = u_next;
+    now = place(1);
     copies_wait<kAhead - 2>();
     __syncthreads();
   }
-
-  // The state after the last step, from the block that it lies in.
-  if (tile_of(rounds - 1) == tiles - 1 && mode.there) {
-    const FloatPair pole(lambda);
-    float s = shared.last_states[my_channel][my_mode];
-    const int steps = (cta.length - 1) % kBlock + 1;
-    for (int i = 0; i < steps; ++i) {
-      s = recur(pole.high, pole.low, s, shared.last_u[my_channel][i]);
-    }
-    static_cast<float*>(
-        p.state_out)[(cta.b * in.width + cta.channel + my_channel) * in.modes + my_mode] = s;
-  }
-  if (rank == 0 && thread < 3 * kHalo * kChunks) {
-    const int third = thread / (kHalo * kChunks), i = thread / kChunks % kHalo;
-    const bf16* from = cta.row(in, third, cta.length - kHalo + i);
-    const int chunk = thread % kChunks;
-    const uint4 none = {};
-    const uint4 z = from != nullptr ? reinterpret_cast<const uint4*>(from)[chunk] : none;
-    bf16* const to = static_cast<bf16*>(p.featurizer_state_out) +
-                     ((int64_t{cta.b} * kHalo + i) * 3 + third) * in.width + cta.channel;
-    reinterpret_cast<uint4*>(to)[chunk] = z;
-  }
+  if (kRanked && (rounds - 1) * ranks + rank == tiles - 1) store_states(first_b);
 }
 
 template <bool kRanked>
@@ -758,17 +791,17 @@ Status run(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t str
   const Status allowed = allow_shared_memory(kernel, kBytes);
   if (!allowed.ok()) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.columns * plan.ranks),
-                  static_cast<unsigned>(p.in.batch));
+                  static_cast<unsigned>(ceil_div<int64_t>(p.in.batch, plan.entries)));
   if (!kRanked) {
-    launch_early(kernel, grid, kThreads, kBytes, stream, p, plan.ranks);
+    launch_early(kernel, grid, kThreads, kBytes, stream, p, plan);
     return launch_status("tensor");
   }
   const auto mail = static_cast<size_t>(mail_bytes(plan, p.in.batch));
   cudaError_t e = cudaMemsetAsync(p.workspace, 0, mail, stream);  // no message yet
   if (e != cudaSuccess) return {cudaGetErrorString(e)};
   ModalFwdParams params = p;
-  int ranks = plan.ranks;
-  void* args[] = {&params, &ranks};
+  ModalTensorFwd shape = plan;
+  void* args[] = {&params, &shape};
   e = cudaLaunchCooperativeKernel(kernel, grid, kThreads, args, kBytes, stream);
   if (e != cudaSuccess) return {cudaGetErrorString(e)};
   return launch_status("tensor_ranks");
