@@ -617,15 +617,14 @@ struct BackwardMarch {
         }
         stage ^= 1;
       }
-      if (!kArriving && chunk == 0) {
+      if (kArriving) {
+        send_adjoint();
+      } else if (chunk == 0) {
         barrier();
         finish_rows(stage);
       }
     }
-    if (kArriving) {
-      send_adjoint();
-      return;
-    }
+    if (kArriving) return;
     const ModalMode mode(p.in, channel0 + 2 * warp + lane / kModes, lane % kModes);
     barrier();
     finish_filter(mode);
