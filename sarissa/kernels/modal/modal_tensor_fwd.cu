@@ -65,6 +65,13 @@ struct Setup {
 template <bool kRanked>
 constexpr int kLag = kRanked ? 1 : 0;
 
+/// A tile of time of a batch entry.
+struct Place {
+  int tile, b;
+};
+/// Rounds whose places are kept, where batch entries follow one another.
+constexpr int kPlaces = 8;  // a power of two
+
 template <bool kRanked>
 struct Shared {
   unsigned char z[3][kSlots<kRanked>][(kHalo + kTile) * kRowBytes];  // post, pre, value
@@ -81,6 +88,7 @@ struct Shared {
   // Of the sequence's last block: the states before it, and its u.
   PerMode<float> last_states;
   float last_u[kChannels][kBlock];
+  Place places[kPlaces];  // of round r: number r % kPlaces
 };
 
 constexpr size_t kMostShared = 227 << 10;  // of a CTA on an H100
@@ -121,11 +129,6 @@ inline int64_t mail_bytes(const ModalTensorFwd& plan, int64_t batch) {
   if (plan.ranks == 1) return 0;
   return kMailRounds * batch * plan.columns * plan.ranks * kMail * int64_t{sizeof(TileEnd)};
 }
-
-/// A tile of time of a batch entry.
-struct Place {
-  int tile, b;
-};
 
 /// A CTA's channels.
 struct Column {
@@ -387,31 +390,38 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_b = static_cast<int>(blockIdx.y) * (kRanked ? 1 : plan.entries);
   const int entries = kRanked ? 1 : min(plan.entries, static_cast<int>(in.batch) - first_b);
   const int rounds = kRanked ? ceil_div(tiles, ranks) : entries * tiles;
-  Place now = {rank, first_b};  // of the round that runs
-  // `later` rounds from now; the plan sees to it that no entry is shorter than that.
-  const auto place = [&](int later) {
-    const int tile = now.tile + later * ranks;
-    if (kRanked) return Place{tile, now.b};
-    if (tile < 0) return Place{tile + tiles, now.b - 1};
-    return tile < tiles ? Place{tile, now.b} : Place{tile - tiles, now.b + 1};
+  // The tile of a round. Without ranks it is read, since there are no registers to keep a batch
+  // entry in; the plan sees to it that the first rounds are of one entry.
+  const auto place_of = [&](int round) {
+    return kRanked ? Place{round * ranks + rank, first_b} : shared.places[round & (kPlaces - 1)];
   };
+  constexpr int kFirstRounds = kSlots<kRanked> + 1;
+  if (!kRanked && threadIdx.x < kFirstRounds) {
+    const int round = static_cast<int>(threadIdx.x);
+    shared.places[round] =
+        round < tiles || entries == 1 ? Place{round, first_b} : Place{round - tiles, first_b + 1};
+  }
 
-  // Copies the tile of `round`, `later` rounds from now, and for the post-gate, which needs it
-  // later, that of an earlier one.
-  const auto copy = [&](int round, int later, int slot, int post_slot) {
+  // Copies the tile of `round`, `at`, and for the post-gate, which needs it later, that of an
+  // earlier one.
+  const auto copy = [&](int round, Place at, int slot, int post_slot) {
     constexpr int kBehind = 2 + kLag<kRanked>;
     const Copies copies(in, cta);
     if (round < rounds) {
-      copies.copy<2>(kPre, place(later), {shared.z[kPre][slot], shared.z[kValue][slot]});
+      copies.copy<2>(kPre, at, {shared.z[kPre][slot], shared.z[kValue][slot]});
     }
     const int post_round = round - kBehind;
     if (post_round >= 0 && post_round < rounds) {
-      copies.copy<1>(kPost, place(later - kBehind), {shared.z[kPost][post_slot]});
+      const Place post =
+          round < kFirstRounds - 1 ? Place{post_round, first_b} : place_of(post_round);
+      copies.copy<1>(kPost, post, {shared.z[kPost][post_slot]});
     }
     copies_commit();
   };
 #pragma unroll
-  for (int round = 0; round < kSlots<kRanked>; ++round) copy(round, round, round, 0);
+  for (int round = 0; round < kSlots<kRanked>; ++round) {
+    copy(round, {round * ranks + rank, first_b}, round, 0);
+  }
 
   // What the tables are made of: all loads before the first use, while the first tiles arrive.
   static_assert(kThreads == kChannels * kModes && kBlock == kModes);
@@ -678,9 +688,6 @@ __global__ void __launch_bounds__(kThreads, 1)
           shared.last_u[own][lane] = load(reinterpret_cast<const bf16*>(u_at)) +
                                      load(reinterpret_cast<const bf16*>(u_at + kPartBytes));
         }
-        if constexpr (!kRanked) {
-          if (at.b + 1 < first_b + entries) f.start(in, cta, at.b + 1, own);
-        }
       }
 
       // q += s reach, the small products first.
@@ -752,8 +759,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     // With two slots, the next one is also that of the tile before.
     const int next_slot = after(slot, kAhead), last_slot = after(next_slot, kAhead);
     const int u_next = after(u_slot, kTilesOfU), u_last = after(u_next, kTilesOfU);
-    copy(round + kAhead, kAhead, slot, next_slot);
-    if (!kRanked && round > 0 && now.tile == 0) store_states(now.b - 1);
+    copy(round + kAhead, place_of(round + kAhead), slot, next_slot);
+    if constexpr (!kRanked) {
+      if (threadIdx.x == 0) {
+        const Place last = place_of(round + kAhead);
+        const bool over = last.tile == tiles - 1;
+        shared.places[(round + kAhead + 1) & (kPlaces - 1)] = {over ? 0 : last.tile + 1,
+                                                               over ? last.b + 1 : last.b};
+      }
+      const Place before = place_of(round - 1);
+      if (round > 0 && before.tile == tiles - 1) {
+        store_states(before.b);
+        if (round < rounds) {
+#pragma unroll
+          for (int k = 0; k < kOwn; ++k) filters[k].start(in, cta, before.b + 1, warp * kOwn + k);
+        }
+      }
+    }
     const bool convolve_first = warp % 8 >= 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
@@ -764,20 +786,19 @@ __global__ void __launch_bounds__(kThreads, 1)
           if (round > 0 && round <= rounds) my_start = follow_carry(round - 1);
         }
         if (round >= kLate && round < rounds + kLate) {
-          convolve(place(-kLate), shared.u[kRanked ? u_last : u_slot], my_start);
+          convolve(place_of(round - kLate), shared.u[kRanked ? u_last : u_slot], my_start);
         }
       } else {
         // The post-gate frees the u that the pre-gate writes.
         const Run run;
         if (round > kLate) {
-          post_gate(run, place(-1 - kLate), kRanked ? slot : last_slot, shared.u[u_next]);
+          post_gate(run, place_of(round - 1 - kLate), kRanked ? slot : last_slot, shared.u[u_next]);
         }
         if (round + 1 < rounds) pre_gate(run, next_slot, shared.u[u_next]);
       }
     }
     slot = next_slot;
     u_slot = u_next;
-    now = place(1);
     copies_wait<kAhead - 2>();
     __syncthreads();
   }
