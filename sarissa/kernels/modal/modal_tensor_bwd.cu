@@ -57,9 +57,14 @@ __device__ inline void meet(int team, bool all) {
   asm volatile("bar.sync %0, %1;" ::"r"(all ? 0 : team + 1), "r"(threads) : "memory");
 }
 
-/// kEnds: gradients of the last states are given. kArriving: the first pass.
-template <bool kEnds, bool kArriving>
+/// What a march is for: the first pass; the gradients of one batch entry; those of several.
+enum class Pass { kArriving, kEntry, kEntries };
+
+/// kEnds: gradients of the last states are given.
+template <bool kEnds, Pass kPass>
 struct BackwardMarch {
+  static constexpr bool kArriving = kPass == Pass::kArriving;
+
   const ModalBwdParams& p;
   const ModalTensorBwd& plan;
   const Buffers& buffers;
@@ -591,7 +596,10 @@ struct BackwardMarch {
     if (start >= first) load(batch, start, shared.stages[0]);
     make_tables();
     if (early) start_adjoint();
-    const int end_batch = min(batch + plan.entries, static_cast<int>(p.in.batch));
+    // The loop over entries costs registers, hence time: one entry does without.
+    const int end_batch = kPass == Pass::kEntries
+                              ? min(batch + plan.entries, static_cast<int>(p.in.batch))
+                              : batch + 1;
     int stage = 0;
     for (; batch < end_batch; ++batch) {
       for (int tile = start; tile >= first; --tile) {
@@ -782,13 +790,12 @@ struct BackwardMarch {
   }
 };
 
-template <bool kEnds, bool kArriving>
+template <bool kEnds, Pass kPass>
 __global__ void __launch_bounds__(kTeams* kTeamThreads, 1)
     modal_tensor_bwd_kernel(ModalBwdParams p, ModalTensorBwd plan, Buffers buffers) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   wait_for_earlier_kernels();
-  BackwardMarch<kEnds, kArriving> march(p, plan, buffers,
-                                        reinterpret_cast<TeamShared*>(shared_bytes));
+  BackwardMarch<kEnds, kPass> march(p, plan, buffers, reinterpret_cast<TeamShared*>(shared_bytes));
   march.run();
 }
 
@@ -887,15 +894,17 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
     launch_early(kernel, grid, plan.teams * kTeamThreads, shared, s, p, plan, buffers);
     return launch_status(plan.name);
   };
-  const bool ends = p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr;
+  const auto pass = [&]<Pass kPass>(dim3 grid) {
+    return p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr
+               ? march(modal_tensor_bwd_kernel<true, kPass>, grid)
+               : march(modal_tensor_bwd_kernel<false, kPass>, grid);
+  };
   if (plan.chunks > 1) {
-    const dim3 arriving(grid.x, grid.y, grid.z - 1);
-    const Status status = ends ? march(modal_tensor_bwd_kernel<true, true>, arriving)
-                               : march(modal_tensor_bwd_kernel<false, true>, arriving);
+    const Status status = pass.template operator()<Pass::kArriving>({grid.x, grid.y, grid.z - 1});
     if (!status.ok()) return status;
   }
-  const Status status = ends ? march(modal_tensor_bwd_kernel<true, false>, grid)
-                             : march(modal_tensor_bwd_kernel<false, false>, grid);
+  const Status status = plan.entries > 1 ? pass.template operator()<Pass::kEntries>(grid)
+                                         : pass.template operator()<Pass::kEntry>(grid);
   if (!status.ok() || is_direct(in, plan)) return status;
   const int64_t threads = 2 * in.groups * in.modes * 32 + 10 * in.width;
   const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(threads, kSumThreads)));
