@@ -6,6 +6,7 @@
 
 #include "sarissa/kernels/fir/fir_channel_bwd_plan.h"
 #include "sarissa/kernels/fir/fir_tensor_bwd_plan.h"
+#include "sarissa/kernels/fir/fir_tensor_long_bwd_plan.h"
 #include "sarissa/ops/device.h"
 #include "sarissa/ops/ops.h"
 #include "tests/ops/fir_problem.h"
@@ -18,6 +19,7 @@ using at::Tensor;
 using kernels::DType;
 using kernels::FirChannelBwd;
 using kernels::FirTensorBwd;
+using kernels::FirTensorLongBwd;
 using test::bit_equal;
 using test::kA100;
 using test::kH100;
@@ -45,16 +47,9 @@ TEST(HyenaFirTensorBwdPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   EXPECT_FALSE(plan_of({2, 1, 4096, 256, 128}));
   EXPECT_FALSE(plan_of({2, 99, 64, 8, 128}));
   EXPECT_FALSE(fir_tensor_bwd_plan(plan_problem({2, 99, 64, 4, 128}), DType::kFloat32, kH100));
-  // Beyond 129 taps in parts of 128, without states.
-  const FirTensorBwd longer = plan_of({2, 99, 4096, 256, 130});
-  EXPECT_STREQ(longer.name, "tensor_long");
-  EXPECT_EQ(longer.parts, 2);
-  EXPECT_EQ(plan_of({2, 99, 4096, 256, 1024}).parts, 8);
-  EXPECT_EQ(plan_of({2, 99, 4096, 256, 129}).parts, 1);
-  auto carried = plan_problem({2, 99, 64, 4, 130});
+  EXPECT_FALSE(plan_of({2, 99, 4096, 256, 130}));
+  auto carried = plan_problem({2, 99, 64, 4, 129});
   carried.d_state_out = carried.x;
-  EXPECT_FALSE(fir_tensor_bwd_plan(carried, DType::kBFloat16, kH100));
-  carried.num_taps = 129;
   EXPECT_TRUE(fir_tensor_bwd_plan(carried, DType::kBFloat16, kH100));
   auto odd = plan_problem({2, 99, 64, 4, 128});
   odd.dy_stride_l += 4;
@@ -76,6 +71,60 @@ TEST(HyenaFirTensorBwdPlan, StripsCoverTimeAndFillTheMachine) {
   EXPECT_EQ(plan_of({1, 2048, 4096, 256, 128}).strips, 4);
   EXPECT_EQ(plan_of({1, 131072, 4096, 256, 128}).strips, 4);
   EXPECT_EQ(plan_of({4, 2048, 4096, 256, 128}).strips, 1);
+}
+
+FirTensorLongBwd long_plan_of(const Shape& s, int64_t shared = kH100) {
+  return fir_tensor_long_bwd_plan(plan_problem(s), DType::kBFloat16, shared);
+}
+
+TEST(HyenaFirTensorLongBwdPlan, TakesMoreTapsWithoutStates) {
+  const auto lags_of = [](int64_t taps) { return long_plan_of({2, 99, 4096, 256, taps}).lags; };
+  EXPECT_STREQ(long_plan_of({2, 99, 80, 5, 130}).name, "tensor_long");
+  EXPECT_EQ(lags_of(129), 0);
+  EXPECT_EQ(lags_of(130), 5);
+  EXPECT_EQ(lags_of(257), 5);
+  EXPECT_EQ(lags_of(258), 9);
+  EXPECT_EQ(lags_of(513), 9);
+  EXPECT_EQ(lags_of(514), 17);
+  EXPECT_EQ(lags_of(1024), 17);
+  EXPECT_EQ(lags_of(1025), 0);
+  EXPECT_FALSE(long_plan_of({2, 1, 4096, 256, 256}));
+  EXPECT_FALSE(long_plan_of({2, 99, 64, 8, 256}));
+  EXPECT_FALSE(fir_tensor_long_bwd_plan(plan_problem({2, 99, 64, 4, 256}), DType::kFloat32, kH100));
+  auto odd = plan_problem({2, 99, 64, 4, 256});
+  odd.d_state_out = odd.x;
+  EXPECT_FALSE(fir_tensor_long_bwd_plan(odd, DType::kBFloat16, kH100));
+  odd = plan_problem({2, 99, 64, 4, 256});
+  odd.dy_stride_l += 4;
+  EXPECT_FALSE(fir_tensor_long_bwd_plan(odd, DType::kBFloat16, kH100));
+}
+
+TEST(HyenaFirTensorLongBwdPlan, HistoryHoldsTheTapsAndTwoBlocksShareAMultiprocessor) {
+  for (int64_t taps = 130; taps <= 1024; ++taps) {
+    const FirTensorLongBwd plan = long_plan_of({1, 8192, 4096, 256, taps});
+    // The oldest block that a stride needs lies in the oldest stride, and the tap in its lags.
+    EXPECT_GE(plan.delay * kernels::kFirLongStride, taps - 1) << taps;
+    EXPECT_GE(16 * (kernels::kFirLongWarps * (plan.lags - 1)) + 1, taps) << taps;
+    EXPECT_GE(2 * plan.reach + 1, kernels::fir_tensor_lags(taps) - 1) << taps;
+    EXPECT_LE(plan.reach, plan.delay * kernels::kFirLongWarps) << taps;
+    EXPECT_LE(2 * (plan.shared_bytes + 1024), kH100) << taps;
+  }
+}
+
+TEST(HyenaFirTensorLongBwdPlan, StripsCoverTimeAndFillTheMachine) {
+  for (const Shape& s : {Shape{1, 2, 64, 4, 130}, Shape{2, 129, 80, 5, 256},
+                         Shape{1, 2048, 4096, 256, 512}, Shape{1, 131072, 4096, 256, 1024},
+                         Shape{300, 77, 256, 16, 200}, Shape{1, 1000003, 64, 4, 1000}}) {
+    const FirTensorLongBwd plan = long_plan_of(s);
+    EXPECT_EQ(plan.steps % kernels::kFirLongStride, 0) << s;
+    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
+    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+    EXPECT_EQ(plan.columns * 16, s.D) << s;
+    EXPECT_LE(plan.strips, 65535) << s;
+  }
+  EXPECT_EQ(long_plan_of({1, 2048, 4096, 256, 1024}).strips, 1);
+  EXPECT_EQ(long_plan_of({1, 131072, 4096, 256, 1024}).strips, 1);
+  EXPECT_EQ(long_plan_of({1, 8192, 1024, 64, 256}).strips, 4);
 }
 
 FirChannelBwd channel_plan_of(const Shape& s, int64_t shared = kH100) {
@@ -229,12 +278,15 @@ TEST(HyenaFirTensorBwdCuda, GradientsOfNarrowGroupsMatchTheCpuInDouble) {
   }
 }
 
-/// More taps than a march takes, in parts.
+/// More taps than the march of the other tests takes: each number of lags, few steps and many,
+/// one strip and several, a last tap alone in its lag.
 TEST(HyenaFirTensorBwdCuda, LongFiltersMatchTheCpuInDouble) {
   SKIP_WITHOUT_CUDA();
   const test::PoisonMemory poison;
-  for (const Shape& s : {Shape{1, 64, 64, 4, 130}, Shape{2, 150, 80, 5, 200},
-                         Shape{1, 700, 64, 2, 384}, Shape{1, 1500, 1024, 64, 1024}}) {
+  for (const Shape& s :
+       {Shape{1, 2, 16, 1, 257}, Shape{1, 64, 64, 4, 130}, Shape{2, 150, 80, 5, 200},
+        Shape{1, 700, 64, 2, 384}, Shape{2, 515, 48, 3, 257}, Shape{1, 1030, 32, 2, 513},
+        Shape{1, 900, 32, 1, 545}, Shape{1, 1500, 1024, 64, 1024}}) {
     const Problem p(s);
     for (const With with : {With::kNothing, With::kSkip}) {
       const auto want = gradients(p, with, at::kDouble, at::kCPU, at::kDouble);

@@ -51,7 +51,7 @@ struct FirBwdParams : FirParams {
   void* d_taps;              // C [G, W]
   void* d_skip;              // C [D] or null
 
-  // Workspace in C; fir_plan.h, fir_tensor_bwd_plan.h and fir_channel_bwd_plan.h give the sizes and
+  // Workspace in C; fir_plan.h and the plans of the backward (fir_*_bwd_plan.h) give the sizes and
   // layouts.
   void* dq;                  // gradient of q
   void* dc;                  // gated: gradient of the featurizer's output (CPU: of its post third)

@@ -6,6 +6,7 @@
 #include "sarissa/kernels/fir/fir_march.cuh"
 #include "sarissa/kernels/fir/fir_tensor.cuh"
 #include "sarissa/kernels/fir/fir_tensor_bwd.cuh"
+#include "sarissa/kernels/fir/fir_tensor_long_bwd.cuh"
 
 namespace sarissa::kernels {
 namespace {
@@ -205,6 +206,7 @@ Status run(const FirBwdParams& params, cudaStream_t stream) {
 
 bool fir_bwd_is_native_cuda(const FirBwdParams& params, DType dtype) {
   return fir_march_takes(params, dtype) || fir_tensor_bwd_plan(params, dtype, shared_memory()) ||
+         fir_tensor_long_bwd_plan(params, dtype, shared_memory()) ||
          fir_channel_bwd_plan(params, dtype, shared_memory());
 }
 
@@ -212,6 +214,9 @@ FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& params, DType dtype) {
   if (const auto plan = fir_march_bwd_plan(params, dtype)) return fir_march_workspace(params, plan);
   if (const auto plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
     return fir_tensor_bwd_workspace(params, plan);
+  }
+  if (const auto plan = fir_tensor_long_bwd_plan(params, dtype, shared_memory())) {
+    return fir_tensor_long_bwd_workspace(params, plan);
   }
   if (const auto plan = fir_channel_bwd_plan(params, dtype, shared_memory())) {
     return fir_channel_bwd_workspace(params, plan);
@@ -226,6 +231,9 @@ Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   }
   if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
     return fir_tensor_bwd(params, plan, s);
+  }
+  if (const FirTensorLongBwd plan = fir_tensor_long_bwd_plan(params, dtype, shared_memory())) {
+    return fir_tensor_long_bwd(params, plan, s);
   }
   if (const FirChannelBwd plan = fir_channel_bwd_plan(params, dtype, shared_memory())) {
     return fir_channel_bwd(params, plan, s);

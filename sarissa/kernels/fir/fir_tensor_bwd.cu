@@ -11,43 +11,25 @@
 // In gate and finish a lane has two neighbouring channels and eight steps, so both featurizers are
 // plain arithmetic in single precision. u, dq, q and du, which change hands between the lanes, are
 // rounded to bfloat16. The warps of a block only load rows for each other, one barrier per tile.
-//
-// More taps than one march can take come in parts of 128, a march for each. Those of the older taps
-// only filter, and add their q and du to sums in global memory; the march of the first part adds
-// these to its own. The part that starts at tap 32 s meets dq of tile n + s with u of tile n.
 #include "sarissa/kernels/fir/fir_tensor_bwd.cuh"
 
-#include "sarissa/kernels/common/tensor.cuh"
-#include "sarissa/kernels/common/vector.cuh"
-#include "sarissa/kernels/fir/fir_march.cuh"
+#include "sarissa/kernels/fir/fir_tensor_tile.cuh"
 
 namespace sarissa::kernels {
 namespace {
 
 using BF16 = __nv_bfloat16;
 
-constexpr int kTile = kFirTensorBwdTile;  // steps
-constexpr int kSegment = 8;               // steps of a lane in gate and finish
 constexpr int kWarps = kFirTensorBwdWarps, kThreads = 32 * kWarps;
-constexpr int kPairs = kFirBlockSide / 2;  // pairs of channels of a warp
-static_assert(kTile / kSegment * kPairs == 32);
 
-/// What a march has to do with: nothing else; states that come in or go out; more taps.
-enum class Mode { kPlain, kStates, kLong };
+/// What a march has to do with: nothing else; states that come in or go out.
+enum class Mode { kPlain, kStates };
 
 /// A tile of z or dy in shared memory: rows of the block's channels, two to a word. The 8 words of
 /// a warp are the (warp ^ segment)-th of a row: so the lanes of a warp, which read rows 8 steps
 /// apart together, find them in different banks.
 constexpr int kRowWords = kPairs * kWarps;
 using RowTile = uint32_t[kTile * kRowWords];
-
-/// A tile of u, dq, q or du of a warp, eight lines. Line i has steps i, 8 + i, 16 + i, 24 + i, and
-/// of each 16 channels in 8 words: lane 8 s + j has channels 2j, 2j + 1 of step 8 s + i. Lines are
-/// 16 bytes longer than that, since ldmatrix reads the same place of eight lines at once. dq and du
-/// run backwards in each block of 16 steps: so the taps of the adjoint filter are those of the
-/// filter itself.
-constexpr int kLine = 36;
-using BlockTile = uint32_t[kSegment * kLine];
 
 /// kLags: Toeplitz matrices of 16 lags, so at most 16 (kLags - 1) + 1 taps.
 template <int kLags>
@@ -68,28 +50,20 @@ struct FirTensorBwdTraits {
 };
 
 /// A strip of `tiles` tiles that its block owns, and those beside it that its gradients reach.
-/// Tiles of z_post and dy are `shift` tiles later than those of z_pre and z_value that they meet.
 struct FirTensorStrip {
   int b, begin, tiles;
-  int shift;
   int last;     // the last tile with du and q: a strip's last two dz need dc of two steps more
   int last_dq;  // the last tile of dq
   int first;    // the first tile of u, where the march ends
 
-  __device__ FirTensorStrip(const FirParams& p, const FirTensorBwd& plan, int delay, int shift)
+  __device__ FirTensorStrip(const FirParams& p, const FirTensorBwd& plan, int delay)
       : b(static_cast<int>(blockIdx.z)),
         begin(static_cast<int>(blockIdx.y) * plan.steps),
-        shift(shift),
-        first(-delay - shift) {
+        first(-delay) {
     const int left = static_cast<int>(p.length) - begin;
     tiles = ceil_div(min(plan.steps, left), kTile);
-    if (shift > 0) {  // no dz
-      last = tiles - 1 - shift;
-      last_dq = tiles - 1 + delay + shift;
-    } else {
-      last = left <= plan.steps ? tiles - 1 : tiles;
-      last_dq = left <= plan.steps ? tiles - 1 : tiles + delay;
-    }
+    last = left <= plan.steps ? tiles - 1 : tiles;
+    last_dq = left <= plan.steps ? tiles - 1 : tiles + delay;
   }
   __device__ bool owns(int tile) const { return tile >= 0 && tile < tiles; }
   /// Whether a tile lies before step 0, where states take the place of z.
@@ -172,13 +146,6 @@ struct FirTensorCopies {
   }
 };
 
-/// Stores two channels if `good`. One predicated instruction: around a plain `if` the compiler puts
-/// a branch.
-__device__ inline void store_word(void* p, uint32_t x, bool good) {
-  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(p), "r"(x),
-               "r"(int{good}));
-}
-
 /// What a warp does: its registers and the passes over a tile.
 template <int kLags, Mode kMode>
 struct FirTensorBackward {
@@ -188,8 +155,8 @@ struct FirTensorBackward {
   const FirBwdParams& p;
   const FirTensorStrip& strip;
   typename Traits::Warp& shared;
-  int length;               // steps beyond it are not stored; 0: none are
-  int first_tap, num_taps;  // of the part of the filter that the march takes
+  int length;  // steps beyond it are not stored; 0: none are
+  int num_taps;
   int lane, segment;
   int row_word;  // gate, finish: of a row tile, where the lane's rows begin
   int d;         // gate, finish: the first of the lane's channels
@@ -211,17 +178,14 @@ struct FirTensorBackward {
         strip(strip),
         shared(shared),
         length(active ? static_cast<int>(p.length) : 0),
-        first_tap(strip.shift * kTile),
-        num_taps(static_cast<int>(p.num_taps) - first_tap) {
-    if (kMode == Mode::kLong) num_taps = min(num_taps, kFirTensorBwdPart);
+        num_taps(static_cast<int>(p.num_taps)) {
     lane = static_cast<int>(threadIdx.x) % 32;
     segment = lane / kPairs;
     row_word = segment * kSegment * kRowWords +
                (static_cast<int>(threadIdx.x) / 32 ^ segment) * kPairs + lane % kPairs;
     d = first_channel + lane % kPairs * 2;
-    const int matrix = lane / 8;
-    fragment = lane % 8 * kLine + matrix * 4;
-    fragment_by_step = lane % 8 * kLine + (matrix % 2 * 2 + matrix / 2) * 4;
+    fragment = fragment_word(lane);
+    fragment_by_step = fragment_by_step_word(lane);
 #pragma unroll
     for (int third = 0; third < 3; ++third) {
 #pragma unroll
@@ -237,7 +201,7 @@ struct FirTensorBackward {
     const int64_t group = first_channel / (p.width / p.groups);
     const auto tap = [&](int k) {
       return k >= 0 && k < num_taps
-                 ? load_parameter<BF16>(p.taps, p.taps_is_T, group * p.num_taps + first_tap + k)
+                 ? load_parameter<BF16>(p.taps, p.taps_is_T, group * p.num_taps + k)
                  : 0.0f;
     };
 #pragma unroll
@@ -246,7 +210,7 @@ struct FirTensorBackward {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      skip[half] = p.skip == nullptr || first_tap > 0
+      skip[half] = p.skip == nullptr
                        ? 0.0f
                        : load_parameter<BF16>(p.skip, p.skip_is_T, first_channel + r + 8 * half);
     }
@@ -295,20 +259,9 @@ struct FirTensorBackward {
     from_right(z[0], z[1], right[0], right[1], z[kSegment], z[kSegment + 1]);
   }
 
-  using Taps = Two[3];
-  __device__ void load_featurizer(int third, Taps& f) const {
+  __device__ void load_featurizer(int third, FeaturizerTaps& f) const {
 #pragma unroll
     for (int tap = 0; tap < 3; ++tap) f[tap] = shared.featurizer[third][tap][lane % kPairs];
-  }
-  /// c of step i.
-  __device__ static Two featurized(const Taps& f, const uint32_t (&z)[kSegment + 2], int i) {
-    const Two z0 = unpack_two(z[i + 2]), z1 = unpack_two(z[i + 1]), z2 = unpack_two(z[i]);
-    Two c;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      c.at[j] = fmaf(f[0].at[j], z0.at[j], fmaf(f[1].at[j], z1.at[j], f[2].at[j] * z2.at[j]));
-    }
-    return c;
   }
 
   /// u of a tile. What z_pre and z_value lie beyond its rows is kept for finish.
@@ -322,7 +275,7 @@ struct FirTensorBackward {
       beyond[0][i] = z_pre[kSegment + i];
       beyond[1][i] = z_value[kSegment + i];
     }
-    Taps f_pre, f_value;
+    FeaturizerTaps f_pre, f_value;
     load_featurizer(kPre, f_pre);
     load_featurizer(kValue, f_value);
 #pragma unroll
@@ -330,7 +283,7 @@ struct FirTensorBackward {
       const Two c_pre = featurized(f_pre, z_pre, i), c_value = featurized(f_value, z_value, i);
 #pragma unroll
       for (int j = 0; j < 2; ++j) u[i].at[j] = c_pre.at[j] * c_value.at[j];
-      u_tile[i * kLine + lane] = pack_pair(u[i].at[0], u[i].at[1]);
+      u_tile[word_of(lane, i)] = pack_pair(u[i].at[0], u[i].at[1]);
     }
   }
   /// Before step 0 u is the state, and dq zero.
@@ -343,8 +296,8 @@ struct FirTensorBackward {
     for (int i = 0; i < kSegment; ++i) {
       Two u = {};
       if (p.state != nullptr && first + i >= 0) u = {from[i * p.width], from[i * p.width + 1]};
-      u_tile[i * kLine + lane] = pack_pair(u.at[0], u.at[1]);
-      dq_tile[i * kLine + lane] = 0;
+      u_tile[word_of(lane, i)] = pack_pair(u.at[0], u.at[1]);
+      dq_tile[word_of(lane, i)] = 0;
     }
   }
   /// dq of a tile and, of owned steps, the gradient of skip.
@@ -352,7 +305,7 @@ struct FirTensorBackward {
                           bool owned, const Two (&u)[kSegment]) {
     uint32_t z[kSegment + 2];
     load_z(z_tile, z_right[0], z);
-    Taps f;
+    FeaturizerTaps f;
     load_featurizer(kPost, f);
 #pragma unroll
     for (int i = 0; i < kSegment; ++i) {
@@ -363,7 +316,7 @@ struct FirTensorBackward {
         dq.at[j] = c.at[j] * dy.at[j];
         if (owned) d_skip.at[j] = fmaf(dq.at[j], u[i].at[j], d_skip.at[j]);
       }
-      dq_tile[(kSegment - 1 - i) * kLine + (lane ^ kPairs)] = pack_pair(dq.at[0], dq.at[1]);
+      dq_tile[backward_word_of(lane, i)] = pack_pair(dq.at[0], dq.at[1]);
     }
   }
 
@@ -386,12 +339,6 @@ struct FirTensorBackward {
       mma(sum[half], x, toeplitz(2 * k + half), toeplitz(2 * k + half - 1), sum[half]);
     }
   }
-  __device__ void store_block(BlockTile& tile, int block, const float (&sum)[2][4]) const {
-    store_matrices_transposed(tile + fragment + block * 16, pack_pair(sum[0][0], sum[0][1]),
-                              pack_pair(sum[0][2], sum[0][3]), pack_pair(sum[1][0], sum[1][1]),
-                              pack_pair(sum[1][2], sum[1][3]));
-  }
-
   /// The tile `ahead` tiles later than the one in `slot`.
   __device__ static int ring(int slot, int ahead, int slots) {
     return slot + ahead < slots ? slot + ahead : slot + ahead - slots;
@@ -432,7 +379,7 @@ struct FirTensorBackward {
     }
     __syncwarp();
 #pragma unroll
-    for (int o = 0; o < 2; ++o) store_block(shared.u[target], o, sum[o]);
+    for (int o = 0; o < 2; ++o) store_block(shared.u[target] + fragment + o * 16, sum[o]);
   }
 
   /// du of tile n, in place of dq of tile n + kDelay.
@@ -452,12 +399,12 @@ struct FirTensorBackward {
     __syncwarp();
     const int target = ring(slot, kDelay, Traits::kHistory);
 #pragma unroll
-    for (int o = 0; o < 2; ++o) store_block(shared.dq[target], o, sum[o]);
+    for (int o = 0; o < 2; ++o) store_block(shared.dq[target] + fragment + o * 16, sum[o]);
   }
 
   /// From dc of a third: dz, and the gradient of the featurizer, of owned tiles. `dx` is the row of
   /// the lane's first step, which is `step` of the sequence.
-  __device__ void finish(int third, const Taps& f, const Two (&dc)[kSegment],
+  __device__ void finish(int third, const FeaturizerTaps& f, const Two (&dc)[kSegment],
                          const uint32_t (&z)[kSegment + 2], bool owned, BF16* dx, int step) {
     Two all[kSegment + 2];
 #pragma unroll
@@ -481,24 +428,11 @@ struct FirTensorBackward {
     const int64_t N = 3 * p.width;
 #pragma unroll
     for (int i = 0; i < kSegment; ++i) {
-      float dz[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        dz[j] = fmaf(f[0].at[j], all[i].at[j],
-                     fmaf(f[1].at[j], all[i + 1].at[j], f[2].at[j] * all[i + 2].at[j]));
-      }
-      if constexpr (kMode == Mode::kStates) add_d_featurizer_state_out(third, step + i, dz);
-      store_word(dx, pack_pair(dz[0], dz[1]), step + i < length);
+      Two dz = featurized_backward(f, all, i);
+      if constexpr (kMode == Mode::kStates) add_d_featurizer_state_out(third, step + i, dz.at);
+      store_word(dx, pack_pair(dz.at[0], dz.at[1]), step + i < length);
       dx += N;
-#pragma unroll
-      for (int tap = 0; tap < 3; ++tap) {
-        const Two z_tap = unpack_two(z[i + 2 - tap]);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& sum = d_featurizer[third][tap].at[j];
-          sum = fmaf(dc[i].at[j], z_tap.at[j], sum);
-        }
-      }
+      add_d_featurizer(d_featurizer[third], dc[i], z, i);
     }
   }
 
@@ -510,38 +444,15 @@ struct FirTensorBackward {
     Two dc[kSegment];
 #pragma unroll
     for (int i = 0; i < kSegment; ++i) {
-      Two q = unpack_two(q_tile[i * kLine + lane]);
+      const Two q = unpack_two(q_tile[word_of(lane, i)]);
       const Two dy = unpack_two(dy_tile[row_word + i * kRowWords]);
-      if constexpr (kMode == Mode::kLong) add_sum(p.u, step + i, q);
 #pragma unroll
       for (int j = 0; j < 2; ++j) dc[i].at[j] = q.at[j] * dy.at[j];
     }
-    Taps f;
+    FeaturizerTaps f;
     load_featurizer(kPost, f);
     finish(kPost, f, dc, z, owned, dx, step);
   }
-  /// What the other parts of the filter have summed in q or du, [B, L, D].
-  __device__ void add_sum(const void* sums, int step, Two& x) const {
-    if (step >= p.length) return;
-    const auto* from = static_cast<const float*>(sums) + (strip.b * p.length + step) * p.width + d;
-    const auto sum = load_vector<float, 2>(from);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) x.at[j] += sum[j];
-  }
-  /// Adds a tile of q or du to those sums, or begins them with it. `step` is the lane's first.
-  template <bool kBackwards>
-  __device__ void sum_up(void* sums, const BlockTile& tile, int step, bool begin) const {
-#pragma unroll
-    for (int i = 0; i < kSegment; ++i) {
-      Two x = unpack_two(kBackwards ? tile[(kSegment - 1 - i) * kLine + (lane ^ kPairs)]
-                                    : tile[i * kLine + lane]);
-      if (step + i >= length) continue;
-      if (!begin) add_sum(sums, step + i, x);
-      store_vector<float, 2>(
-          static_cast<float*>(sums) + (strip.b * p.length + step + i) * p.width + d, x.at);
-    }
-  }
-
   /// du of a tile and, with states, the gradient of those that go out.
   __device__ void load_du(const BlockTile& du_tile, int step, Two (&du)[kSegment]) const {
     const int rows = static_cast<int>(p.num_taps) - 1;
@@ -550,8 +461,7 @@ struct FirTensorBackward {
         static_cast<const float*>(p.d_state_out) + (int64_t{strip.b} * rows + first) * p.width + d;
 #pragma unroll
     for (int i = 0; i < kSegment; ++i) {
-      du[i] = unpack_two(du_tile[(kSegment - 1 - i) * kLine + (lane ^ kPairs)]);
-      if constexpr (kMode == Mode::kLong) add_sum(p.dq, step + i, du[i]);
+      du[i] = unpack_two(du_tile[backward_word_of(lane, i)]);
       if (kMode == Mode::kStates && p.d_state_out != nullptr && first + i >= 0 &&
           first + i < rows) {
 #pragma unroll
@@ -576,7 +486,7 @@ struct FirTensorBackward {
     }
     Two du[kSegment], dc[kSegment];
     load_du(du_tile, step, du);
-    Taps f_pre, f_value;
+    FeaturizerTaps f_pre, f_value;
     load_featurizer(kPre, f_pre);
     load_featurizer(kValue, f_value);
 #pragma unroll
@@ -624,7 +534,7 @@ struct FirTensorBackward {
     if (segment != 0 || length == 0) return;
     for (int third = 0; third < 3; ++third) {
       const auto& dc = shared.dc_right[third][lane % kPairs];
-      Taps f;
+      FeaturizerTaps f;
       load_featurizer(third, f);
       for (int row = 0; row < 2; ++row) {
         float dz[2];
@@ -650,10 +560,6 @@ struct FirTensorBackward {
   __device__ void store_partials(int64_t partial) const {
     auto* d_f = static_cast<float*>(p.featurizer_partial) + partial * 9 * p.width;
     float* d_h = taps_partial(partial);
-    const auto over_segments = [](float x) {
-      x += __shfl_xor_sync(~0u, x, 8);
-      return x + __shfl_xor_sync(~0u, x, 16);
-    };
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
@@ -670,35 +576,11 @@ struct FirTensorBackward {
   }
   /// Stores those of the taps. Overwrites the shared memory.
   __device__ void store_taps_partial(int64_t partial) {
-    // Lag 16 k + i - j of dq's step i in its block and u's step j: diagonals. dq runs backwards.
-    constexpr int kSide = kFirBlockSide;
-    auto& products = *reinterpret_cast<float(*)[kLags][kSide][kSide]>(&shared);
+    auto& products = *reinterpret_cast<LagProducts<kLags>*>(&shared);
     static_assert(sizeof products <= sizeof shared);
     __syncwarp();
-    const int r = lane / 4, c = lane % 4 * 2;
-#pragma unroll
-    for (int k = 0; k < kLags; ++k) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        products[k][kSide - 1 - (r + i / 2 % 2 * 8)][c + i % 2 + i / 4 * 8] =
-            d_taps[k][i / 4][i % 4];
-      }
-    }
-    __syncwarp();
-    float* d_h = taps_partial(partial) + p.width + int64_t{d / kSide} * p.num_taps + first_tap;
-    for (int tap = lane; tap < num_taps; tap += 32) {
-      const int k = tap / kSide, lag = tap % kSide;
-      float sum = 0;
-      for (int j = 0; j < kSide; ++j) {
-        const int i = j + lag;
-        if (i < kSide) {
-          sum += products[k][i][j];
-        } else if (k + 1 < kLags) {
-          sum += products[k + 1][i - kSide][j];
-        }
-      }
-      d_h[tap] = sum;
-    }
+    sum_diagonals<kLags>(products, d_taps, num_taps,
+                         taps_partial(partial) + p.width + int64_t{d / kFirBlockSide} * p.num_taps);
   }
 };
 
@@ -711,7 +593,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kDelay = Traits::kDelay;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
-  const FirTensorStrip strip(p, plan, kDelay, 0);
+  const FirTensorStrip strip(p, plan, kDelay);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int first_channel = (static_cast<int>(blockIdx.x) * kWarps + warp) * kFirBlockSide;
   const bool active = first_channel < p.width;  // else the warp works on zeros, and stores nothing
@@ -789,63 +671,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-/// The march of an older part of a long filter, from tap kFirTensorBwdPart * part on.
-template <int kLags>
-__global__ void __launch_bounds__(kThreads, 2)
-    fir_tensor_bwd_part_kernel(const __grid_constant__ FirBwdParams p,
-                               const __grid_constant__ FirTensorBwd plan, int part) {
-  using Traits = FirTensorBwdTraits<kLags>;
-  using March = FirTensorBackward<kLags, Mode::kLong>;
-  constexpr int kDelay = Traits::kDelay;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(shared_bytes);
-  const FirTensorStrip strip(p, plan, kDelay, part * (kFirTensorBwdPart / kTile));
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int first_channel = (static_cast<int>(blockIdx.x) * kWarps + warp) * kFirBlockSide;
-  const bool active = first_channel < p.width;
-
-  wait_for_earlier_kernels();
-  FirTensorCopies<Traits, Mode::kLong> copies(p, strip, shared);
-  copies.start(true);
-  auto& w = shared.warps[warp];
-  March march(p, strip, w, active ? first_channel : 0, active);
-  const int first_n = strip.last_dq - strip.shift;
-  int step = strip.begin + march.segment * kSegment + first_n * kTile;
-  int history = 0, post = 0;  // slots of u of tile n and of dq of tile n + shift
-  for (int n = first_n; n >= strip.first; --n) {
-    copies_wait<0>();
-    __syncthreads();  // the tiles are there, and nobody reads those that the next copies replace
-    copies.start(copies.tile >= n - 1 + (copies.late ? 0 : strip.shift));
-    const int late = (strip.last - n) & 1, delayed = n + strip.shift + kDelay;
-    Two u[kSegment];
-    uint32_t beyond[2][2];
-    if (n <= strip.last) {
-      march.gate_u(w.u[history], shared.pre[late], shared.value[late], u, beyond);
-    }
-    if (n + strip.shift >= 0) {
-      march.gate_dq(w.dq[history], shared.post[post], shared.dy[post], false, u);
-    }
-    __syncwarp();
-    const bool q = strip.owns(delayed), du = strip.owns(n);
-    if (q) march.filter_q(history, true);
-    if (du) march.filter_du(history);
-    __syncwarp();
-    const int oldest = March::ring(history, kDelay, Traits::kHistory);
-    const bool begin = part == plan.parts - 1;
-    if (q) {
-      march.template sum_up<false>(p.u, w.u[oldest], step + (strip.shift + kDelay) * kTile, begin);
-    }
-    if (du) march.template sum_up<true>(p.dq, w.dq[oldest], step, begin);
-    __syncwarp();
-    history = history == 0 ? Traits::kHistory - 1 : history - 1;
-    post = post == 0 ? Traits::kPostSlots - 1 : post - 1;
-    step -= kTile;
-  }
-  if (active) {
-    march.store_taps_partial(int64_t{strip.b} * plan.strips + static_cast<int>(blockIdx.y));
-  }
-}
-
 constexpr int kSumThreads = 256;
 
 /// Sums the partials of all strips in order: d_featurizer [3D, 3], d_skip [D], d_taps [G, W], a
@@ -886,14 +711,6 @@ Status run(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream)
   constexpr size_t shared = sizeof(typename FirTensorBwdTraits<kLags>::Shared);
   static_assert(shared == fir_tensor_bwd_shared(kLags));
   const dim3 grid(plan.columns, plan.strips, p.batch);
-  if constexpr (kMode == Mode::kLong) {
-    const Status allowed = allow_shared_memory(fir_tensor_bwd_part_kernel<kLags>, shared);
-    if (!allowed.ok()) return allowed;
-    for (int part = plan.parts - 1; part > 0; --part) {
-      launch_early(fir_tensor_bwd_part_kernel<kLags>, grid, kThreads, shared, stream, p, plan,
-                   part);
-    }
-  }
   const Status allowed = allow_shared_memory(fir_tensor_bwd_kernel<kLags, kMode>, shared);
   if (!allowed.ok()) return allowed;
   launch_early(fir_tensor_bwd_kernel<kLags, kMode>, grid, kThreads, shared, stream, p, plan);
@@ -914,7 +731,6 @@ Status fir_tensor_sum(const FirBwdParams& p, int partials, int unit, const char*
 }
 
 Status fir_tensor_bwd(const FirBwdParams& p, const FirTensorBwd& plan, cudaStream_t stream) {
-  if (plan.parts > 1) return run<9, Mode::kLong>(p, plan, stream);
   return fir_with_bwd_lags(plan.lags, [&]<int kLags>() {
     return fir_has_states(p) ? run<kLags, Mode::kStates>(p, plan, stream)
                              : run<kLags, Mode::kPlain>(p, plan, stream);

@@ -29,14 +29,10 @@ constexpr int64_t fir_tensor_bwd_shared(int lags) {
          kFirTensorBwdWarps * (block_tiles * kBlockTile + kFilters + kBeside);
 }
 
-/// Taps of a march where there are too many for one.
-constexpr int kFirTensorBwdPart = 128;
-
 /// How the backward on tensor cores takes a problem: a block of threads owns 64 channels and a
 /// strip of `steps` steps.
 struct FirTensorBwd {
   int lags = 0;     // blocks of 16 taps that the kernel knows; 0: it does not take the problem
-  int parts = 1;    // of the taps, a march for each
   int columns = 0;  // blocks of threads side by side that hold all channels
   int steps = 0, strips = 0;
   const char* name = nullptr;
@@ -58,44 +54,44 @@ inline bool fir_has_states(const FirBwdParams& p) {
          p.d_featurizer_state_out != nullptr;
 }
 
+/// What the backward on tensor cores takes, whatever the number of taps: no single step, and rows
+/// of dy aligned as those of z must be.
+inline bool fir_tensor_bwd_takes(const FirBwdParams& p, DType dtype) {
+  return fir_tensor_takes(p, dtype) && p.length > 1 &&
+         fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l);
+}
+
+/// Blocks of 16 taps at most: up to 129 taps. Longer filters have a plan of their own.
+constexpr int kFirTensorBwdMostLags = 9;
+
 /// The plan for a multiprocessor with `shared` bytes of shared memory, of which each block of
-/// threads takes 1024 besides its own. There is none for a single step, where dy is not aligned as
-/// z must be, and for more than 129 taps with states.
+/// threads takes 1024 besides its own.
 inline FirTensorBwd fir_tensor_bwd_plan(const FirBwdParams& p, DType dtype, int64_t shared) {
-  constexpr int kLags[] = {3, 5, 9};
+  constexpr int kLags[] = {3, 5, kFirTensorBwdMostLags};
   constexpr const char* kNames[] = {"tensor_w33", "tensor_w65", "tensor_w129"};
   constexpr int64_t kOverhead = 6;
   FirTensorBwd plan;
-  if (!fir_tensor_takes(p, dtype) || p.length == 1 ||
-      !fir_tensor_rows(p, p.dy, p.dy_stride_b, p.dy_stride_l)) {
-    return plan;
-  }
+  if (!fir_tensor_bwd_takes(p, dtype)) return plan;
   const int64_t lags = fir_tensor_lags(p.num_taps);
   const int kernel = lags <= kLags[0] ? 0 : lags <= kLags[1] ? 1 : 2;
-  const bool is_long = lags > kLags[kernel];
-  if (fir_tensor_bwd_shared(kLags[kernel]) + 1024 > shared) return plan;
-  if (is_long && fir_has_states(p)) return plan;
+  if (lags > kLags[kernel] || fir_tensor_bwd_shared(kLags[kernel]) + 1024 > shared) return plan;
   plan.lags = kLags[kernel];
-  plan.name = is_long ? "tensor_long" : kNames[kernel];
-  if (is_long) plan.parts = static_cast<int>(fir_ceil_div(p.num_taps, kFirTensorBwdPart));
+  plan.name = kNames[kernel];
   plan.columns = static_cast<int>(fir_ceil_div(p.width, kFirBlockSide * kFirTensorBwdWarps));
   const int64_t tiles = fir_ceil_div(p.length, kFirTensorBwdTile);
-  const int64_t strips = fir_tensor_bwd_strips(
-      plan.columns * p.batch, tiles,
-      kOverhead + (plan.parts - 1) * kFirTensorBwdPart / kFirTensorBwdTile / 2);
+  const int64_t strips = fir_tensor_bwd_strips(plan.columns * p.batch, tiles, kOverhead);
   plan.steps = static_cast<int>(fir_ceil_div(tiles, strips)) * kFirTensorBwdTile;
   plan.strips = static_cast<int>(fir_ceil_div(p.length, plan.steps));
   return plan;
 }
 
-/// Its workspace: of each strip the skip's gradient, then those of the taps for every 16 channels,
-/// D
-/// + (D / 16) W. With more than one part also u and dq [B, L, D]: what the parts add to q and du.
+/// The workspace of `strips` strips: of each the skip's gradient, then those of the taps for every
+/// 16 channels, D + (D / 16) W.
+inline FirWorkspace fir_tensor_strips_workspace(const FirBwdParams& p, int64_t strips) {
+  return fir_strips_workspace(p, strips, p.width + p.width / kFirBlockSide * p.num_taps);
+}
 inline FirWorkspace fir_tensor_bwd_workspace(const FirBwdParams& p, const FirTensorBwd& plan) {
-  FirWorkspace workspace =
-      fir_strips_workspace(p, plan.strips, p.width + p.width / kFirBlockSide * p.num_taps);
-  if (plan.parts > 1) workspace.u = workspace.dq = p.batch * p.length * p.width;
-  return workspace;
+  return fir_tensor_strips_workspace(p, plan.strips);
 }
 
 }  // namespace sarissa::kernels
