@@ -57,14 +57,9 @@ __device__ inline void meet(int team, bool all) {
   asm volatile("bar.sync %0, %1;" ::"r"(all ? 0 : team + 1), "r"(threads) : "memory");
 }
 
-/// What a march is for: the first pass; the gradients of one batch entry; those of several.
-enum class Pass { kArriving, kEntry, kEntries };
-
-/// kEnds: gradients of the last states are given.
-template <bool kEnds, Pass kPass>
+/// kEnds: gradients of the last states are given. kArriving: the first pass.
+template <bool kEnds, bool kArriving>
 struct BackwardMarch {
-  static constexpr bool kArriving = kPass == Pass::kArriving;
-
   const ModalBwdParams& p;
   const ModalTensorBwd& plan;
   const Buffers& buffers;
@@ -596,10 +591,7 @@ struct BackwardMarch {
     if (start >= first) load(batch, start, shared.stages[0]);
     make_tables();
     if (early) start_adjoint();
-    // The loop over entries costs registers, hence time: one entry does without.
-    const int end_batch = kPass == Pass::kEntries
-                              ? min(batch + plan.entries, static_cast<int>(p.in.batch))
-                              : batch + 1;
+    const int end_batch = min(batch + plan.entries, static_cast<int>(p.in.batch));
     int stage = 0;
     for (; batch < end_batch; ++batch) {
       for (int tile = start; tile >= first; --tile) {
@@ -617,7 +609,6 @@ struct BackwardMarch {
         const Pointers at;
 #pragma unroll
         for (int q = 0; q < 2; ++q) filter(now, at, tile, q);
-        if (!kArriving && tile == 0) finish_adjoint(now);
         meet(team, all && team > 0);
         if (!kArriving) {
           gradients(now, tile, tile < end, stage);
@@ -628,6 +619,7 @@ struct BackwardMarch {
       if (kArriving) {
         send_adjoint();
       } else if (chunk == 0) {
+        finish_adjoint(shared.stages[stage ^ 1]);
         barrier();
         finish_rows(stage);
       }
@@ -790,12 +782,13 @@ struct BackwardMarch {
   }
 };
 
-template <bool kEnds, Pass kPass>
+template <bool kEnds, bool kArriving>
 __global__ void __launch_bounds__(kTeams* kTeamThreads, 1)
     modal_tensor_bwd_kernel(ModalBwdParams p, ModalTensorBwd plan, Buffers buffers) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   wait_for_earlier_kernels();
-  BackwardMarch<kEnds, kPass> march(p, plan, buffers, reinterpret_cast<TeamShared*>(shared_bytes));
+  BackwardMarch<kEnds, kArriving> march(p, plan, buffers,
+                                        reinterpret_cast<TeamShared*>(shared_bytes));
   march.run();
 }
 
@@ -894,17 +887,15 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
     launch_early(kernel, grid, plan.teams * kTeamThreads, shared, s, p, plan, buffers);
     return launch_status(plan.name);
   };
-  const auto pass = [&]<Pass kPass>(dim3 grid) {
-    return p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr
-               ? march(modal_tensor_bwd_kernel<true, kPass>, grid)
-               : march(modal_tensor_bwd_kernel<false, kPass>, grid);
-  };
+  const bool ends = p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr;
   if (plan.chunks > 1) {
-    const Status status = pass.template operator()<Pass::kArriving>({grid.x, grid.y, grid.z - 1});
+    const dim3 arriving(grid.x, grid.y, grid.z - 1);
+    const Status status = ends ? march(modal_tensor_bwd_kernel<true, true>, arriving)
+                               : march(modal_tensor_bwd_kernel<false, true>, arriving);
     if (!status.ok()) return status;
   }
-  const Status status = plan.entries > 1 ? pass.template operator()<Pass::kEntries>(grid)
-                                         : pass.template operator()<Pass::kEntry>(grid);
+  const Status status = ends ? march(modal_tensor_bwd_kernel<true, false>, grid)
+                             : march(modal_tensor_bwd_kernel<false, false>, grid);
   if (!status.ok() || is_direct(in, plan)) return status;
   const int64_t threads = 2 * in.groups * in.modes * 32 + 10 * in.width;
   const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(threads, kSumThreads)));
