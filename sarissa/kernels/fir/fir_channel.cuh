@@ -169,6 +169,24 @@ struct TwoFeaturizer {
   }
 };
 
+/// u of a lane's steps, from its rows of the pre and value thirds.
+__device__ inline void gate_u(const TwoFeaturizer& pre, const TwoFeaturizer& value,
+                              const uint32_t (&z_pre)[kSegment + kBefore],
+                              const uint32_t (&z_value)[kSegment + kBefore], Two (&u)[kSegment]) {
+#pragma unroll
+  for (int i = 0; i < kSegment; ++i) {
+    const Two c_pre = pre.apply(z_pre, i), c_value = value.apply(z_value, i);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) u[i].at[j] = c_pre.at[j] * c_value.at[j];
+  }
+}
+
+/// A lane's steps of its channel j as a unit.
+__device__ inline uint4 unit_of(const Two (&x)[kSegment], int j) {
+  return make_uint4(pack_pair(x[0].at[j], x[1].at[j]), pack_pair(x[2].at[j], x[3].at[j]),
+                    pack_pair(x[4].at[j], x[5].at[j]), pack_pair(x[6].at[j], x[7].at[j]));
+}
+
 /// The place of a unit of u or dq of a channel in shared memory, a ring of `blocks` blocks: the
 /// first halves of all blocks, then the second halves, four blocks later. So what eight lanes touch
 /// together, units of neighbouring channels or blocks, lies in different banks.

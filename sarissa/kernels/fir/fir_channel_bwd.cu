@@ -215,17 +215,10 @@ struct Lane {
     Rows::read(value_tile + segment, z_value);
     const TwoFeaturizer pre = featurizer(kPre), value = featurizer(kValue);
     Two u[kSegment];
-#pragma unroll
-    for (int i = 0; i < kSegment; ++i) {
-      const Two c_pre = pre.apply(z_pre, i), c_value = value.apply(z_value, i);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) u[i].at[j] = c_pre.at[j] * c_value.at[j];
-    }
+    kernels::gate_u(pre, value, z_pre, z_value, u);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      shared.u[at.slot(j)][unit_index(at.half(), own + at.block())] =
-          make_uint4(pack_pair(u[0].at[j], u[1].at[j]), pack_pair(u[2].at[j], u[3].at[j]),
-                     pack_pair(u[4].at[j], u[5].at[j]), pack_pair(u[6].at[j], u[7].at[j]));
+      shared.u[at.slot(j)][unit_index(at.half(), own + at.block())] = unit_of(u, j);
     }
   }
   __device__ void gate_dq(int own) {

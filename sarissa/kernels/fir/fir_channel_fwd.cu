@@ -227,17 +227,10 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
       Rows::read(stage + Rows::kBytes + segment, z_pre);
       Rows::read(stage + 2 * Rows::kBytes + segment, z_value);
       Two u[kSegment];
-#pragma unroll
-      for (int i = 0; i < kSegment; ++i) {
-        const Two c_pre = pre.apply(z_pre, i), c_value = value.apply(z_value, i);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) u[i].at[j] = c_pre.at[j] * c_value.at[j];
-      }
+      gate_u(pre, value, z_pre, z_value, u);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        *ring.unit(at.slot(j), at.half(), own + at.block()) =
-            make_uint4(pack_pair(u[0].at[j], u[1].at[j]), pack_pair(u[2].at[j], u[3].at[j]),
-                       pack_pair(u[4].at[j], u[5].at[j]), pack_pair(u[6].at[j], u[7].at[j]));
+        *ring.unit(at.slot(j), at.half(), own + at.block()) = unit_of(u, j);
       }
       if (owned && t + kSegment > state_begin && at.active) store_state_rows(p, b, at.d, t, u);
     }
