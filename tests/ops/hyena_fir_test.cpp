@@ -687,10 +687,12 @@ TEST(HyenaFirPlan, StepsSpreadTapsOverThreads) {
     const kernels::FirStep step = plan({2, 1, 4096, 256, W});
     return std::tuple(step.run, step.runs, 1 << step.column_bits);
   };
-  EXPECT_EQ(layout(1), std::tuple(8, 1, 32));
-  EXPECT_EQ(layout(8), std::tuple(8, 1, 32));
-  EXPECT_EQ(layout(9), std::tuple(16, 1, 32));
-  EXPECT_EQ(layout(16), std::tuple(16, 1, 32));
+  EXPECT_EQ(layout(1), std::tuple(4, 1, 32));
+  EXPECT_EQ(layout(4), std::tuple(4, 1, 32));
+  EXPECT_EQ(layout(5), std::tuple(4, 2, 32));
+  EXPECT_EQ(layout(8), std::tuple(4, 2, 32));
+  EXPECT_EQ(layout(9), std::tuple(8, 2, 32));
+  EXPECT_EQ(layout(16), std::tuple(8, 2, 32));
   EXPECT_EQ(layout(17), std::tuple(8, 4, 32));
   EXPECT_EQ(layout(128), std::tuple(8, 16, 8));
   EXPECT_EQ(layout(1024), std::tuple(8, 32, 8));
@@ -699,6 +701,11 @@ TEST(HyenaFirPlan, StepsSpreadTapsOverThreads) {
     const auto [run, runs, columns] = layout(W);
     EXPECT_EQ(runs * columns % 32, 0) << W;
     EXPECT_LE(runs * columns, kernels::kFirStepThreads) << W;
+    EXPECT_EQ(plan({2, 1, 4096, 256, W}).in_order, W <= 16) << W;
+    if (W <= 16) {
+      EXPECT_LE(runs, 2) << W;
+      EXPECT_GE(run * runs, W);
+    }
   }
   EXPECT_STREQ(plan({2, 1, 4096, 256, 128}).name, "step_v4");
   EXPECT_STREQ(plan({2, 1, 36, 18, 128}).name, "step_v4");

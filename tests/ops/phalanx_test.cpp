@@ -386,6 +386,7 @@ TEST(PhalanxCuda, MarchingKernels) {
     }
     for (const int64_t width : {8, 16, 32, 64}) {
       check({2, 211, 10, 10, width, 16}, at::kBFloat16, with_state);
+      check({2, 211, 10, 10, width, 32}, at::kBFloat16, with_state);  // the largest ring
       check({2, 211, 10, 10, width, 80}, at::kBFloat16, with_state);
     }
     check({1, 4099, 256, 256, 16, 16}, at::kBFloat16, with_state);

@@ -191,9 +191,10 @@ inline FirMarch fir_march_bwd_plan(const FirBwdParams& p, DType dtype) {
   return fir_march_plan(p, dtype, kFirMarchBwdBytes, p.dy, p.dy_stride_b, p.dy_stride_l);
 }
 
-/// Taps of a run of the step kernel, which one thread sums in order, and most threads of its
-/// blocks.
-constexpr int kFirStepRun = 8, kFirStepLongRun = 16;
+/// Taps of a run of the step kernel, which one thread sums in order. Two runs can be summed in
+/// order, too.
+constexpr int kFirStepShortRun = 4, kFirStepRun = 8;
+/// Most threads of the step kernel's blocks that take runs.
 constexpr int kFirStepThreads = 256;
 
 /// How the step kernel takes one step (L = 1) of hyena_fir: a thread owns `vector` neighbouring
@@ -201,6 +202,7 @@ constexpr int kFirStepThreads = 256;
 struct FirStep {
   int vector = 0;  // 0: the step kernel does not take the problem
   int run = 0, runs = 0, column_bits = 0;
+  bool in_order = false;    // the sum is in the order of the taps, the oldest first; at most 2 runs
   int group_width = 0;      // channels that share taps
   bool runs_align = false;  // a run of any group's taps starts at a multiple of 16 bytes
   const char* name = nullptr;
@@ -209,7 +211,7 @@ struct FirStep {
 };
 
 /// The plan of one step. Any number of taps; V is 4 where channels come in fours and rows of 4 are
-/// aligned. Up to 16 taps are one run, so that the sum is the march's; more are spread over as many
+/// aligned. Up to 16 taps are summed in order, as the march does; more are spread over as many
 /// threads as it takes to have the whole state on its way at once.
 inline FirStep fir_step_plan(const FirParams& p, DType dtype) {
   FirStep plan;
@@ -230,8 +232,8 @@ inline FirStep fir_step_plan(const FirParams& p, DType dtype) {
                      aligned(p.state, kVector * 4);
   plan.vector = fours ? kVector : 1;
   plan.group_width = static_cast<int>(p.width / p.groups);
-  plan.run =
-      p.num_taps > kFirStepRun && p.num_taps <= kFirStepLongRun ? kFirStepLongRun : kFirStepRun;
+  plan.in_order = p.num_taps <= 2 * kFirStepRun;
+  plan.run = p.num_taps <= 2 * kFirStepShortRun ? kFirStepShortRun : kFirStepRun;
   const int64_t tap = p.taps_is_T ? element : 4;
   plan.runs_align = aligned(p.taps, 16) && p.num_taps * tap % 16 == 0;
   // Rows of 8 columns are 128 bytes of the state; fewer runs leave room for more.

@@ -6,7 +6,8 @@
 // A block spreads the runs over its threads, so that the whole state is on its way at once also
 // where a single sequence is decoded. More threads run the featurizer, one for each third of z. In
 // the end the first thread of each column of channels adds the sums of the runs in a fixed order,
-// and tap 0, which is the step itself.
+// and tap 0, which is the step itself. Few taps are summed in order (kInOrder), as the march does:
+// the first run continues the sum of the second.
 #include "sarissa/kernels/fir/fir_step.cuh"
 
 #include "sarissa/kernels/fir/fir_march.cuh"
@@ -14,16 +15,15 @@
 namespace sarissa::kernels {
 namespace {
 
-/// Threads of a block at most: those of the runs, and of the gates. A long run is alone in its
-/// column.
-template <int kRun>
-constexpr int kThreads = kRun == kFirStepRun ? kFirStepThreads + 3 * 8 : (1 + 3) * 32;
+/// Threads of a block at most: those of the runs, and of the gates.
+template <bool kInOrder>
+constexpr int kThreads = kInOrder ? (2 + 3) * 32 : kFirStepThreads + 3 * 8;
 
 /// Taps first .. first + kRun - 1 of a group, as they lie in memory; those beyond p.num_taps are
 /// zero. P is their type.
 template <class P, int kRun>
 struct RawRun {
-  static constexpr int kWide = 16 / sizeof(P);
+  static constexpr int kWide = std::min<int>(16 / sizeof(P), kRun);
   Vector<P, kWide> at[kRun / kWide];
 
   __device__ void load(const FirParams& p, bool aligned, int64_t group, int first) {
@@ -47,53 +47,57 @@ struct RawRun {
   __device__ float operator[](int i) const { return at[i / kWide][i % kWide]; }
 };
 
-/// A thread's runs of taps: their sum, and the rows of the state that belong to them moved on. Tap
-/// 0 is the step itself, which has no row: it is left out.
+/// Taps first .. first + kRun - 1 of a thread's channels and the rows of the state that belong to
+/// them. Tap 0 is the step itself, which has no row.
 template <class P, int V, int kRun, bool kShared>
-struct FirStepRuns {
-  float sum[V] = {};
-  float tap_0[V];  // of the threads that have it
+struct Run {
+  Vector<float, V> u[kRun];  // of first + i steps ago
+  RawRun<P, kRun> taps[kShared ? 1 : V];
 
-  __device__ FirStepRuns(const FirParams& p, const FirStep& plan, int64_t b, int d, bool mine,
-                         int lane) {
+  /// All loads come before the first use of one: they take one memory latency together.
+  __device__ void load(const FirParams& p, const FirStep& plan, int64_t b, int d, int group,
+                       int first) {
     const int64_t D = p.width;
     const int W = static_cast<int>(p.num_taps);
     const float* state = static_cast<const float*>(p.state) + (b * (W - 1) + W - 1) * D + d;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      const int k = first + i;
+      u[i] = load_vector<float, V>(state - k * D, k > 0 && k < W && p.state != nullptr);
+    }
+#pragma unroll
+    for (int j = 0; j < (kShared ? 1 : V); ++j) {
+      const int of_channel = kShared ? group : (d + j) / plan.group_width;
+      taps[j].load(p, plan.runs_align, of_channel, first);
+    }
+  }
+  __device__ float tap(int i, int j) const { return taps[kShared ? 0 : j][i]; }
+  /// Continues `sum` with the run's products but tap 0's, the oldest first.
+  __device__ void add(int first, float* sum) const {
+#pragma unroll
+    for (int i = kRun - 1; i >= 0; --i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (first + i > 0) sum[j] = fmaf(tap(i, j), u[i].at[j], sum[j]);
+      }
+    }
+  }
+  /// Moves the rows on.
+  __device__ void store(const FirParams& p, int64_t b, int d, int first) const {
+    const int64_t D = p.width;
+    const int W = static_cast<int>(p.num_taps);
     float* state_out = static_cast<float*>(p.state_out) + (b * (W - 1) + W - 2) * D + d;
-    for (int first = lane * kRun; first < W; first += plan.runs * kRun) {
-      // All loads come before the first use of one: they take one memory latency together.
-      Vector<float, V> u[kRun];  // of first + i steps ago
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const int k = first + i;
-        u[i] = load_vector<float, V>(state - k * D, k > 0 && k < W && p.state != nullptr);
-      }
-      RawRun<P, kRun> taps[kShared ? 1 : V];
-#pragma unroll
-      for (int j = 0; j < (kShared ? 1 : V); ++j) {
-        taps[j].load(p, plan.runs_align, (d + j) / plan.group_width, first);
-      }
-#pragma unroll
-      for (int i = kRun - 1; i >= 0; --i) {
-        const int k = first + i;
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const float tap = taps[kShared ? 0 : j][i];
-          if (k > 0) sum[j] = fmaf(tap, u[i].at[j], sum[j]);
-          if (k == 0) tap_0[j] = tap;
-        }
-        if (mine && k > 0 && k < W - 1) {
-          *reinterpret_cast<Vector<float, V>*>(state_out - k * D) = u[i];
-        }
-      }
+    for (int i = 0; i < kRun; ++i) {
+      const int k = first + i;
+      if (k > 0 && k < W - 1) *reinterpret_cast<Vector<float, V>*>(state_out - k * D) = u[i];
     }
   }
 };
 
 /// Prefetches the state of a thread's first run of taps, those taps and the skip.
 template <class T, class P, int V, int kRun>
-__device__ inline void prefetch_runs(const FirParams& p, const FirStep& plan, int64_t b, int d,
-                                     int lane) {
+__device__ inline void prefetch_runs(const FirParams& p, int64_t b, int d, int group, int lane) {
   const int64_t D = p.width;
   const int W = static_cast<int>(p.num_taps), first = lane * kRun;
   const float* state = static_cast<const float*>(p.state) + (b * (W - 1) + W - 1) * D + d;
@@ -102,7 +106,7 @@ __device__ inline void prefetch_runs(const FirParams& p, const FirStep& plan, in
     const int k = first + i;
     prefetch(state - k * D, k > 0 && k < W && p.state != nullptr);
   }
-  prefetch(static_cast<const P*>(p.taps) + d / plan.group_width * p.num_taps + first, first < W);
+  prefetch(static_cast<const P*>(p.taps) + group * p.num_taps + first, first < W);
   const int64_t bytes = p.skip_is_T ? sizeof(T) : sizeof(float);
   prefetch(static_cast<const char*>(p.skip) + d * bytes, lane == 0 && p.skip != nullptr);
 }
@@ -149,8 +153,8 @@ __device__ inline void prefetch_gate(const FirParams& p, int64_t b, int64_t chan
 }
 
 /// P is the type of the taps; the channels of a thread share them or not.
-template <class T, class P, int V, int kRun, bool kShared>
-__global__ void __launch_bounds__(kThreads<kRun>)
+template <class T, class P, int V, int kRun, bool kInOrder, bool kShared>
+__global__ void __launch_bounds__(kThreads<kInOrder>)
     fir_step_kernel(const __grid_constant__ FirParams p, const __grid_constant__ FirStep plan) {
   constexpr int kMostColumns = 32;
   __shared__ Vector<float, V> gates[3][kMostColumns];
@@ -163,12 +167,14 @@ __global__ void __launch_bounds__(kThreads<kRun>)
   const int d = mine ? wanted : 0;
   const int64_t b = blockIdx.y, D = p.width;
 
+  const int group = d / plan.group_width;  // of the first channel
+
   const bool gates_thread = lane >= plan.runs;
   const int third = lane - plan.runs;
   if (gates_thread) {
     prefetch_gate<T, V>(p, b, third * D + d);
   } else {
-    prefetch_runs<T, P, V, kRun>(p, plan, b, d, lane);
+    prefetch_runs<T, P, V, kRun>(p, b, d, group, lane);
   }
   wait_for_earlier_kernels();
   if (gates_thread) {
@@ -177,27 +183,58 @@ __global__ void __launch_bounds__(kThreads<kRun>)
     return;
   }
   const ParameterVector<T, V> skip(p.skip, p.skip_is_T, d, lane == 0 && p.skip != nullptr);
-  FirStepRuns<P, V, kRun, kShared> runs(p, plan, b, d, mine, lane);
-  // The runs of a column that are in one warp, then those of all warps, in order.
-  for (int offset = columns; offset < 32; offset *= 2) {
+  Run<P, V, kRun, kShared> run;
+  float q[V] = {}, tap_0[V], y[V];
+  const auto take = [&](int first) {
+    run.load(p, plan, b, d, group, first);
+    if (mine) run.store(p, b, d, first);
+    if (first == 0) {
 #pragma unroll
-    for (int j = 0; j < V; ++j) runs.sum[j] += __shfl_xor_sync(~0u, runs.sum[j], offset);
+      for (int j = 0; j < V; ++j) tap_0[j] = run.tap(0, j);
+    }
+  };
+  if constexpr (kInOrder) {
+    take(lane * kRun);
+    if (lane > 0) {
+      run.add(lane * kRun, q);
+      sums[column].set(q);
+    }
+  } else {
+    for (int first = lane * kRun; first < p.num_taps; first += plan.runs * kRun) {
+      take(first);
+      run.add(first, q);
+    }
+    // The runs of a column that are in one warp.
+    for (int offset = columns; offset < 32; offset *= 2) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) q[j] += __shfl_xor_sync(~0u, q[j], offset);
+    }
+    if (thread % max(32, columns) < columns)
+      sums[thread / max(32, columns) * columns + column].set(q);
   }
-  const int together = max(32, columns);  // threads with one sum for each column
-  if (thread % together < columns) sums[thread / together * columns + column].set(runs.sum);
   __syncthreads();
   if (lane > 0 || !mine) return;
 
-  float q[V] = {}, y[V];
-  for (int i = 0; i < plan.runs * columns / together; ++i) {
+  if constexpr (kInOrder) {
+    if (plan.runs > 1) {
+      const Vector<float, V> second = sums[column];
 #pragma unroll
-    for (int j = 0; j < V; ++j) q[j] += sums[i * columns + column][j];
+      for (int j = 0; j < V; ++j) q[j] = second.at[j];
+    }
+    run.add(0, q);
+  } else {  // those of all warps, in order
+#pragma unroll
+    for (int j = 0; j < V; ++j) q[j] = 0.0f;
+    for (int i = 0; i < plan.runs * columns / max(32, columns); ++i) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) q[j] += sums[i * columns + column][j];
+    }
   }
   Vector<float, V> u;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     u.at[j] = gates[kPre][column][j] * gates[kValue][column][j];
-    y[j] = gates[kPost][column][j] * fmaf(runs.tap_0[j] + skip[j], u[j], q[j]);
+    y[j] = gates[kPost][column][j] * fmaf(tap_0[j] + skip[j], u[j], q[j]);
   }
   store_vector<T, V>(static_cast<T*>(p.y) + b * D + d, y);
   if (p.num_taps > 1) {
@@ -215,13 +252,14 @@ Status run(const FirParams& p, const FirStep& plan, cudaStream_t stream) {
     launch_early(kernel, grid, (plan.runs + 3) * columns, 0, stream, p, plan);
     return launch_status(plan.name);
   };
-  const auto with_run = [&]<int kRun>() -> Status {
-    if (plan.vector == 1) return launch(fir_step_kernel<T, P, 1, kRun, true>);
-    return plan.group_width % 4 == 0 ? launch(fir_step_kernel<T, P, 4, kRun, true>)
-                                     : launch(fir_step_kernel<T, P, 4, kRun, false>);
+  const auto with_run = [&]<int kRun, bool kInOrder>() -> Status {
+    if (plan.vector == 1) return launch(fir_step_kernel<T, P, 1, kRun, kInOrder, true>);
+    return plan.group_width % 4 == 0 ? launch(fir_step_kernel<T, P, 4, kRun, kInOrder, true>)
+                                     : launch(fir_step_kernel<T, P, 4, kRun, kInOrder, false>);
   };
-  return plan.run == kFirStepRun ? with_run.template operator()<kFirStepRun>()
-                                 : with_run.template operator()<kFirStepLongRun>();
+  if (plan.run == kFirStepShortRun) return with_run.template operator()<kFirStepShortRun, true>();
+  return plan.in_order ? with_run.template operator()<kFirStepRun, true>()
+                       : with_run.template operator()<kFirStepRun, false>();
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
-// Backward of phalanx on CUDA at the speed of memory. A thread owns 4 bytes of neighbouring
-// channels and a strip of blocks, and marches from right to left in chunks of at most 16 steps. b
-// and v come through a ring of shared memory that only its warp uses, c and dy through registers
-// or, where nothing is folded and rows are packed, through the ring too.
+// Backward of phalanx on CUDA at the speed of memory. A CTA owns columns of 4 bytes of neighbouring
+// channels and a strip of blocks, and marches from right to left in chunks of at most 16 steps. Two
+// threads share a column: one of the front, whose warps bring all rows into a ring of shared memory
+// and make chunks ready, and one of the back, whose warps make the gradients. So a multiprocessor
+// has the rows of a single CTA on their way, which the memory likes, and yet two warps on each of
+// its schedulers, of which one computes while the other waits.
 //
 // With x the whole state w + r v, `arriving` the adjoint that comes from the right (q, the carry's
 // adjoint, at the block's end) and T the product of all coefficients since r was 1:
@@ -9,10 +11,9 @@
 //   a_i da_i = sum_p [ a_i pw_i x_(i-1) - T q v ]     (README.md, with w = x - r v)
 // so one state and one adjoint march instead of two each, and nothing is divided by a.
 //
-// A chunk needs x at its start. Short windows: a second cursor, the front, runs ahead of the back
-// that makes the gradients and folds each chunk into its end state from zero (E) and its product
-// (G); block n starts from the fold of block n - 1. Long windows: the forward has saved x at every
-// chunk's start, and T (SwrSaved).
+// A chunk needs x at its start. Short windows: the front folds each chunk into its end state from
+// zero (E) and its product (G); block n starts from the fold of block n - 1. Long windows: the
+// forward has saved x at every chunk's start, and T (SwrSaved).
 //
 // The block to the right of the strip is walked first, for q alone. Steps outside the sequence have
 // a = 1 and zeros. Sums over a head's channels are butterflies over its lanes. No atomics.
@@ -23,64 +24,64 @@ namespace sarissa::kernels {
 namespace {
 
 /// kLanes neighbouring lanes own a head.
-template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
+template <class T, int kLanes, bool kSaved>
 struct March {
-  static constexpr int V = kSwrMarchBytes / sizeof(T);  // channels of a thread
+  static constexpr int V = kSwrMarchBytes / sizeof(T);  // channels of a column
   static constexpr int kHeads = 32 / kLanes;            // heads of a warp
+  using Decays = MarchDecays<T, kHeads>;
 
-  /// Whether all rows come through the ring, and what follows. Then registers hold the gates in
-  /// place of c and dy, and a CTA that has its multiprocessor to itself keeps up with the memory,
-  /// which likes the fewer rows on their way. Folding is too much work for that: it wants two CTAs,
-  /// the most that registers, and shared memory at 6 slots, allow.
-  static constexpr bool kAllInRing = kSaved && kWidth > 0;
-  static constexpr int kCtas = kAllInRing ? 1 : 2;  // on a multiprocessor
-  static constexpr int kAhead = kAllInRing ? 1 : kSwrMarchAhead;
-
-  /// A chunk of the ring; thread i reads only column i.
+  /// A chunk of the ring: a thread reads only its own column.
   struct alignas(16) Rows {
     Vector<T, V> b[kChunk][kSwrThreads], v[kChunk][kSwrThreads];
-  };
-  struct AllRows : Rows {
     Vector<T, V> c[kChunk][kSwrThreads], dy[kChunk][kSwrThreads];
+    typename Decays::Shared decays[kSwrThreads / 32];
   };
   struct FoldedRows : Rows {
     float end_state[V][kSwrThreads];  // E; from the back's entry into the block on: x at its start
     float product[kSwrThreads];       // G
   };
-  using Slot =
-      std::conditional_t<kAllInRing, AllRows, std::conditional_t<kSaved, Rows, FoldedRows>>;
-  using Decays = MarchDecays<T, kHeads>;
-  /// Gradients of b and c of a chunk from the heads that share them.
-  struct Shares {
-    float db[kChunk][V][kSwrThreads], dc[kChunk][V][kSwrThreads];
-  };
-  struct NoShares {};
-  struct Shared {
-    typename Decays::Shared front[kSwrThreads / 32], back[kSwrThreads / 32];
-    std::conditional_t<(kGroup > 1), Shares, NoShares> shares;
-    Slot slots[1];  // plan.slots of them
-  };
+  using Slot = std::conditional_t<kSaved, Rows, FoldedRows>;
 };
 
-// kGroup: heads that share a kv head; they are at the same lanes of neighbouring warps, which add
-// their gradients of b and c in shared memory, in head order. kWidth: the channels H P, known when
+/// Barriers: of all threads between two steps; of the front when shares are added; and, from
+/// kPairBarrier on, of a warp of the front and the one of the back that takes the same columns.
+enum MarchBarrier { kStepBarrier, kGroupBarrier, kPairBarrier };
+
+/// A share of a gradient in the place of a row's channels.
+template <class Channels>
+__device__ inline void put(Channels& to, float x) {
+  static_assert(sizeof(Channels) == sizeof(float));
+  memcpy(&to, &x, sizeof(float));
+}
+template <class Channels>
+__device__ inline float get(const Channels& from) {
+  float x;
+  memcpy(&x, &from, sizeof(float));
+  return x;
+}
+
+// kGroup: heads that share a kv head; they are at the same lanes of neighbouring warps of the back.
+// Their shares of the gradients of b and c take the place of a chunk's rows in the ring, and the
+// front adds them in the next step, in head order. kWidth: the channels H P, known when
 // compiled, of one packed row per step, or 0: then all strides are constants and the addresses of a
 // chunk's rows cost nothing.
 template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
-__global__ void __launch_bounds__(kSwrThreads)
+__global__ void __launch_bounds__(2 * kSwrThreads, 1)
     swr_bwd_march_kernel(SwrBwdParams params, SwrMarch plan) {
-  using M = March<T, kLanes, kSaved, kGroup, kWidth>;
-  constexpr int V = M::V, kAhead = M::kAhead;
-  constexpr bool kAllInRing = M::kAllInRing;
+  using M = March<T, kLanes, kSaved>;
+  constexpr int V = M::V;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename M::Shared*>(shared_bytes);
+  auto* const slots = reinterpret_cast<typename M::Slot*>(shared_bytes);
   const SwrInputs& in = params.in;
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const bool is_front = threadIdx.x >= kSwrThreads;
+  const int tid = threadIdx.x % kSwrThreads, lane = tid % 32, warp = tid / 32;
   const int64_t column = blockIdx.x % plan.columns;
   const int64_t strip = blockIdx.x / plan.columns % plan.strips;
   const int64_t row = blockIdx.x / plan.columns / plan.strips;
 
-  wait_for_earlier_kernels();
+  // Without a given index the grid of blocks is known before anything is read.
+  const bool early = in.index == nullptr;
+  if (!early) wait_for_earlier_kernels();
   const SwrGrid wide_grid = swr_grid(in, row);
   const Grid grid(wide_grid);
   const bool last_complete = wide_grid.last_block_complete();
@@ -91,28 +92,211 @@ __global__ void __launch_bounds__(kSwrThreads)
   const int warm = kSaved || first == 0 ? first : first - 1;  // the last block whose b, v are read
   const int K = plan.chunks_per_block;
 
-  // Warps w, w + 1, ... of a group: one slice of kv channels, one head each. Threads beyond the
-  // channels repeat the last ones and store nothing.
+  // Warps w, w + 1, ... of a group: one slice of kv channels, one head each. Columns beyond the
+  // channels repeat the last ones, and nothing is stored for them.
   const int member = warp % kGroup;
   const int64_t slice = column * (kSwrThreads / 32 / kGroup) + warp / kGroup;
   const int64_t channels = in.heads * in.width, gate_channels = in.kv_heads * in.width;
-  int64_t gate_channel = (slice * 32 + lane) * V;
-  const bool active = gate_channel < gate_channels;
-  if (!active) gate_channel = gate_channels - in.width + gate_channel % in.width;
-  const int64_t h = gate_channel / in.width * kGroup + member, p = gate_channel % in.width;
-  const int64_t channel = h * in.width + p;
-  const SwrChannel<T, true> at(in, row, h, p);
-  const T* const dy =
-      static_cast<const T*>(params.dx) + row * params.dx_batch + h * params.dx_head + p;
+  struct Column {
+    bool active;
+    int64_t gate_channel, h, p;
+  };
+  const auto column_of = [&](int lane) {
+    int64_t gate_channel = (slice * 32 + lane) * V;
+    const bool active = gate_channel < gate_channels;
+    if (!active) gate_channel = gate_channels - in.width + gate_channel % in.width;
+    return Column{active, gate_channel, gate_channel / in.width * kGroup + member,
+                  gate_channel % in.width};
+  };
   constexpr int64_t kRow = kWidth / (kLanes * V) + 3 * kWidth;  // H + 3 H P
-  const int64_t gate_step = kWidth > 0 ? kRow : in.gate_step;
-  const int64_t v_step = kWidth > 0 ? kRow : in.u_step;
+  // Whether every row of a chunk exists; its block is not beyond the strip's.
+  const bool full_chunks =
+      grid.window % kChunk == 0 && (column + 1) * (kSwrThreads / kGroup) * V <= gate_channels;
+  const auto is_full = [&](const Cursor& chunk) {
+    return full_chunks && (chunk.n > 0 || grid.index == 0) &&
+           (chunk.n < blocks - 1 || (chunk.n == blocks - 1 && last_complete));
+  };
+
+  // In a step the front takes chunk number `step`, counted from the right, and the back the one
+  // `lag` chunks before it: on entering a block it needs the folds of that and of the one to its
+  // left.
+  const int lag = kSaved ? 1 : 2 * K;
+  const int steps = lag + (end - first + 1) * K;
+  const Cursor rightmost{end, K - 1, plan.slots - 1};
+
+  // Between two steps the back waits for what the front has made ready, and the front for slots
+  // that the back has left. Where nothing is folded, it is faster to let the pairs of warps go
+  // their way, but not far: a row's parts should be read and written at about the same time.
+  const auto meet_step = [&](int step) {
+    constexpr int kMeetAll = kSaved && kGroup == 1 ? 16 : 1;
+    if (step % kMeetAll == 0) {
+      meet<2 * kSwrThreads>(kStepBarrier);
+    } else {
+      meet<2 * 32>(kPairBarrier + warp);
+    }
+  };
+
+  if (is_front) {
+    const int64_t gate_step = kWidth > 0 ? kRow : in.gate_step;
+    const int64_t v_step = kWidth > 0 ? kRow : in.u_step;
+    const int64_t dy_step = kWidth > 0 ? kWidth : params.dx_step;
+    // Rows aligned to 16 bytes are copied in units of 16, by a warp's lanes for each other: kUnits
+    // to a row, so several rows at once.
+    const bool wide = kWidth > 0 || plan.wide;
+    constexpr int kUnits = 32 * kSwrMarchBytes / 16;
+    const int unit_row = wide ? lane / kUnits : 0;
+    const int unit_lane = wide ? lane % kUnits * (32 / kUnits) : lane;
+    const int unit_tid = tid - lane + unit_lane;
+    const Column unit = column_of(unit_lane);
+    const SwrChannel<T, true> at(in, row, unit.h, unit.p);
+    const T* const b_in = at.b;
+    const T* const c_in = kWidth > 0 ? b_in + kWidth : at.c;
+    const T* const v_in = kWidth > 0 ? b_in + 2 * kWidth : at.u;
+    const T* const dy_in =
+        static_cast<const T*>(params.dx) + row * params.dx_batch + unit.h * params.dx_head + unit.p;
+    // Copies a chunk, or asks the L2 cache for it.
+    const auto bring_units = [&]<int kBytes, bool kInside, bool kPrefetch>(const Cursor& chunk) {
+      constexpr int kTogether = kBytes / kSwrMarchBytes;
+      const Rows rows(grid, chunk);
+      const bool folded = chunk.n < end && chunk.n >= warm, walked = chunk.n >= first;
+      auto& slot = slots[chunk.slot];
+      const int64_t t = rows.t0 + unit_row;
+      const T *b = b_in + t * gate_step, *c = c_in + t * gate_step, *v = v_in + t * v_step;
+      const T* dy = dy_in + t * dy_step;
+      const auto bring_unit = [](void* to, const T* from, bool good) {
+        if constexpr (kPrefetch) {
+          prefetch(from, good);
+        } else {
+          copy_async<kBytes>(to, from, good);
+        }
+      };
+#pragma unroll
+      for (int k = 0; k < kChunk; k += kTogether) {
+        const int i = k + unit_row;
+        const bool good_bv = kInside || (folded && rows.has(i));
+        const bool good_c_dy = kInside || (walked && rows.has(i));
+        bring_unit(&slot.b[i][unit_tid], b, good_bv);
+        bring_unit(&slot.v[i][unit_tid], v, good_bv);
+        bring_unit(&slot.c[i][unit_tid], c, good_c_dy);
+        bring_unit(&slot.dy[i][unit_tid], dy, good_c_dy);
+        b += kTogether * gate_step;
+        c += kTogether * gate_step;
+        v += kTogether * v_step;
+        dy += kTogether * dy_step;
+      }
+    };
+    const auto bring = [&]<bool kInside, bool kPrefetch = false>(const Cursor& chunk) {
+      if (wide) {
+        bring_units.template operator()<16, kInside, kPrefetch>(chunk);
+      } else if constexpr (kWidth == 0) {
+        bring_units.template operator()<kSwrMarchBytes, kInside, kPrefetch>(chunk);
+      }
+    };
+
+    Cursor front = rightmost, copied = rightmost;
+    copied.retreat(plan);
+    if (early) {
+      bring.template operator()<false, true>(front);
+      bring.template operator()<false, true>(copied);
+      wait_for_earlier_kernels();
+    }
+    bring.template operator()<false>(front);
+    copies_commit();
+    typename M::Decays decays(in, grid, row, slice * 32 * V / in.width * kGroup + member, kGroup);
+    decays.template fetch<false>(front);
+    const int my_head = lane / kLanes;
+
+    // Adds the shares that the back has left of the chunk it walked last, this warp those of every
+    // kGroup-th row.
+    Cursor walked = rightmost;
+    const auto add_shares = [&] {
+      if constexpr (kGroup > 1) {
+        if (walked.n < end) {
+          const Rows rows(grid, walked);
+          const auto& slot = slots[walked.slot];
+          const Column mine = column_of(lane);
+          const int64_t out_row = row * in.length;
+          T* const db =
+              static_cast<T*>(params.db) + out_row * params.dgate_step + mine.gate_channel;
+          T* const dc =
+              static_cast<T*>(params.dc) + out_row * params.dgate_step + mine.gate_channel;
+#pragma unroll
+          for (int i = member; i < kChunk; i += kGroup) {
+            float db_sum[V] = {}, dc_sum[V] = {};
+#pragma unroll
+            for (int k = 0; k < V; ++k) {
+#pragma unroll
+              for (int m = 0; m < kGroup; ++m) {
+                const int from = tid + (m - member) * 32;
+                db_sum[k] += get(k == 0 ? slot.b[i][from] : slot.v[i][from]);
+                dc_sum[k] += get(k == 0 ? slot.c[i][from] : slot.dy[i][from]);
+              }
+            }
+            if (mine.active && rows.has(i)) {
+              store_vector<T, V>(db + int64_t{rows.t0 + i} * params.dgate_step, db_sum);
+              store_vector<T, V>(dc + int64_t{rows.t0 + i} * params.dgate_step, dc_sum);
+            }
+          }
+        }
+        walked.retreat(plan);
+      }
+    };
+    const auto front_step = [&]<bool kInside>() {
+      if (kInside || copied.n >= warm) bring.template operator()<kInside>(copied);
+      copies_commit();
+      copied.retreat(plan);
+      auto& slot = slots[front.slot];
+      if (kInside || front.n >= warm) {
+        decays.template share<kInside>(front, slot.decays[warp]);
+      }
+      Cursor next = front;
+      next.retreat(plan);
+      if (kInside || next.n >= warm) decays.template fetch<kInside>(next);
+      copies_wait<kSwrMarchAhead>();
+      __syncwarp();  // other lanes' copies are there too
+      if constexpr (!kSaved) {
+        if (kInside || (warm <= front.n && front.n < end)) {
+          auto& coefficients = slot.decays[warp];
+          float w[V] = {}, r = 1.0f;
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) {
+            const float a = coefficients[i][my_head];
+            const Vector<T, V> b = slot.b[i][tid], v = slot.v[i][tid];
+            r *= a;
+#pragma unroll
+            for (int k = 0; k < V; ++k) w[k] = a * w[k] + sigmoid<T>(b[k]) * v[k];
+          }
+#pragma unroll
+          for (int k = 0; k < V; ++k) slot.end_state[k][tid] = w[k];
+          slot.product[tid] = r;
+        }
+      }
+      front = next;
+    };
+    for (int step = 0; step < steps; ++step) {
+      meet_step(step);
+      if (kGroup > 1 && step > lag) {
+        add_shares();
+        meet<kSwrThreads>(kGroupBarrier);  // before the slot is filled again
+      }
+      if (front.n < end && is_full(front) && copied.n >= first && is_full(copied)) {
+        front_step.template operator()<true>();
+      } else {
+        front_step.template operator()<false>();
+      }
+    }
+    if constexpr (kGroup > 1) {
+      meet_step(steps);
+      add_shares();
+    }
+    return;
+  }
+
+  if (early) wait_for_earlier_kernels();
+  const auto [active, gate_channel, h, p] = column_of(lane);
+  const int64_t channel = h * in.width + p;
   const int64_t dgate_step = kWidth > 0 ? kRow : params.dgate_step;
   const int64_t dv_step = kWidth > 0 ? kRow : params.du_step;
-  const int64_t dy_step = kWidth > 0 ? kWidth : params.dx_step;
-  const T* const b_in = at.b;
-  const T* const c_in = kWidth > 0 ? b_in + kWidth : at.c;
-  const T* const v_in = kWidth > 0 ? b_in + 2 * kWidth : at.u;
   const int64_t out_row = row * in.length;
   T* const da = static_cast<T*>(params.da) + out_row * params.da_step + h;
   T* const db = static_cast<T*>(params.db) + out_row * dgate_step + gate_channel;
@@ -120,104 +304,13 @@ __global__ void __launch_bounds__(kSwrThreads)
       kWidth > 0 ? db + kWidth : static_cast<T*>(params.dc) + out_row * dgate_step + gate_channel;
   T* const dv =
       kWidth > 0 ? db + 2 * kWidth : static_cast<T*>(params.du) + out_row * dv_step + channel;
-  const float inverse_decay_max = 1.0f / at.decay_max;
-
+  const float inverse_decay_max = 1.0f / static_cast<float>(in.decay_max);
   const auto read = [](const void* x, int64_t i) {
     return x != nullptr ? static_cast<const float*>(x)[i] : 0.0f;
   };
   const int64_t head = row * in.heads + h;
   const int64_t state = head * in.width + p;  // of the thread's first channel
-  typename M::Decays back_decays(in, grid, row, slice * 32 * V / in.width * kGroup + member,
-                                 kGroup);
-  typename M::Decays front_decays = back_decays;
   const int my_head = lane / kLanes;
-
-  // The lanes of a warp copy packed rows for each other, 16 bytes at a time: kUnits to a row, so
-  // kTogether rows at once.
-  constexpr int kUnits = 32 * kSwrMarchBytes / 16, kTogether = 32 / kUnits;
-  const int unit_row = lane / kUnits, unit_tid = tid - lane + lane % kUnits * (32 / kUnits);
-  // Where a chunk is copied from and to, row by row.
-  struct Copies {
-    Rows rows;
-    bool wanted, late_wanted;  // b and v; c and dy
-    const T *b, *v, *c, *dy;
-    typename M::Slot& slot;
-  };
-  const auto copies_of = [&](const Cursor& chunk) {
-    const Rows rows(grid, chunk);
-    const int64_t t = rows.t0 + (kWidth > 0 ? unit_row : 0);
-    const int64_t unit = kWidth > 0 ? (unit_tid - tid) * V : 0;
-    return Copies{rows,
-                  chunk.n < end && chunk.n >= warm,
-                  chunk.n >= first,
-                  b_in + t * gate_step + unit,
-                  v_in + t * v_step + unit,
-                  c_in + t * gate_step + unit,
-                  dy + t * dy_step + unit,
-                  shared.slots[chunk.slot]};
-  };
-  // Packed: rows k .. k + kTogether - 1.
-  const auto copy_rows = [&]<bool kInside>(const Copies& from, int k) {
-    const int i = k + unit_row;
-    const bool good = kInside || (from.wanted && from.rows.has(i));
-    copy_async<16>(&from.slot.b[i][unit_tid], from.b + k * kRow, good);
-    copy_async<16>(&from.slot.v[i][unit_tid], from.v + k * kRow, good);
-    if constexpr (kAllInRing) {
-      const bool late_good = kInside || (from.late_wanted && from.rows.has(i));
-      copy_async<16>(&from.slot.c[i][unit_tid], from.c + k * kRow, late_good);
-      copy_async<16>(&from.slot.dy[i][unit_tid], from.dy + k * int64_t{kWidth}, late_good);
-    }
-  };
-  const auto copy_chunk = [&]<bool kInside>(const Cursor& chunk) {
-    const Copies from = copies_of(chunk);
-    if constexpr (kWidth > 0) {
-      __syncwarp();  // all lanes have read what the slot held
-#pragma unroll
-      for (int k = 0; k < kChunk; k += kTogether) copy_rows.template operator()<kInside>(from, k);
-    } else {
-      const T *b = from.b, *v = from.v;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i, b += gate_step, v += v_step) {
-        const bool good = kInside || (from.wanted && from.rows.has(i));
-        copy_async<kSwrMarchBytes>(&from.slot.b[i][tid], b, good);
-        copy_async<kSwrMarchBytes>(&from.slot.v[i][tid], v, good);
-      }
-    }
-    copies_commit();
-  };
-
-  // The front ends a step on chunk 0 of block n - 1 when the back enters block n: 2 K - 1 chunks
-  // ahead. What is copied next is kAhead chunks ahead of the foremost reader.
-  Cursor back{end, K - 1, (plan.slots - 1 + K) % plan.slots};
-  Cursor front{end - 1, K - 1, plan.slots - 1};
-  Cursor copied = kSaved ? back : front;
-#pragma unroll
-  for (int k = 0; k < kAhead; ++k) {
-    copy_chunk.template operator()<false>(copied);
-    copied.retreat(plan);
-  }
-  if constexpr (!kSaved) front_decays.template fetch<false>(front);
-  Vector<T, V> c[kChunk], g[kChunk];
-  // Row i of c and dy; the pointers step along, since the compiler would keep all multiples of the
-  // strides in registers.
-  const T *next_c, *next_dy;
-  const auto point_at = [&](const Rows& rows) {
-    next_c = c_in + int64_t{rows.t0 + kChunk - 1} * gate_step;
-    next_dy = dy + int64_t{rows.t0 + kChunk - 1} * dy_step;
-  };
-  const auto fetch_row = [&](bool good, int i) {
-    c[i] = load_vector<T, V>(next_c, good);
-    g[i] = load_vector<T, V>(next_dy, good);
-    next_c -= gate_step;
-    next_dy -= dy_step;
-  };
-  back_decays.template fetch<false>(back);
-  if constexpr (!kAllInRing) {
-    const Rows rows(grid, back);
-    point_at(rows);
-#pragma unroll
-    for (int i = kChunk - 1; i >= 0; --i) fetch_row(end < blocks && rows.has(i), i);
-  }
 
   // What the forward saved, one chunk and one block ahead: x at the chunk's start; v and T.
   float x_saved[V], v_saved[V], T_saved;
@@ -251,90 +344,33 @@ __global__ void __launch_bounds__(kSwrThreads)
   float v[V] = {}, q[V] = {}, arriving[V] = {};
   float product = 1.0f;  // of the block's coefficients: all (folded), or those walked (saved)
   float Tqv = 0.0f;
-  const bool full_chunks =
-      grid.window % kChunk == 0 && (column + 1) * (kSwrThreads / kGroup) * V <= gate_channels;
-  const int delay = kSaved ? 0 : K - 1;  // steps that the front makes alone
-  const int steps = delay + (end - first + 1) * K;
+  Cursor back = rightmost;
 
-  // Makes the copies of a step and, when folding, the front's work. With all in the ring the copies
-  // of a step inside are left to back_step.
-  const auto front_step = [&]<bool kInside>(int step) {
-    if constexpr (kAllInRing) {
-      copies_wait<kAhead - 1>();
-      // Warps that stay near each other read and write their parts of a row at about the same time.
-      // (CTAs must not be held together: their turns of reading and writing would coincide.)
-      constexpr int kSyncSteps = 4;
-      if (step % kSyncSteps == 0) __syncthreads();
-      __syncwarp();  // other lanes' copies are there too, and all have read the oldest chunk
-    }
-    if constexpr (!(kAllInRing && kInside)) copy_chunk.template operator()<kInside>(copied);
-    if constexpr (!kAllInRing) {
-      copies_wait<kAhead>();
-      if constexpr (kWidth > 0) __syncwarp();  // other lanes' copies are there too
-    }
-    if constexpr (!(kAllInRing && kInside)) copied.retreat(plan);
-    if constexpr (!kSaved) {
-      if (front.n >= warm) {
-        auto& coefficients = shared.front[warp];
-        front_decays.template share<kInside>(front, coefficients);
-        auto& slot = shared.slots[front.slot];
-        float w[V] = {}, r = 1.0f;
+  // The halo: only its adjoint.
+  const auto halo_step = [&] {
+    const auto& slot = slots[back.slot];
 #pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-          const float a = coefficients[i][my_head];
-          const Vector<T, V> b = slot.b[i][tid], vv = slot.v[i][tid];
-          r *= a;
+    for (int i = kChunk - 1; i >= 0; --i) {
+      const float a = slot.decays[warp][i][my_head];
+      const Vector<T, V> c = slot.c[i][tid], dy = slot.dy[i][tid];
 #pragma unroll
-          for (int k = 0; k < V; ++k) w[k] = a * w[k] + sigmoid<T>(b[k]) * vv[k];
-        }
-#pragma unroll
-        for (int k = 0; k < V; ++k) slot.end_state[k][tid] = w[k];
-        slot.product[tid] = r;
-      }
-      front.retreat(plan);
-      if (front.n >= warm) front_decays.template fetch<kInside>(front);
+      for (int k = 0; k < V; ++k) arriving[k] = a * (dy[k] * c[k] + arriving[k]);
     }
   };
-
-  const auto c_of = [&](const auto& slot, int i) {
-    if constexpr (kAllInRing) {
-      return slot.c[i][tid];
-    } else {
-      return c[i];
-    }
-  };
-  const auto dy_of = [&](const auto& slot, int i) {
-    if constexpr (kAllInRing) {
-      return slot.dy[i][tid];
-    } else {
-      return g[i];
-    }
-  };
-  // The gradients of the back's chunk; of the halo only the adjoint.
-  const auto back_step = [&]<bool kInside>(bool more) {
+  // The gradients of a chunk.
+  const auto back_step = [&]<bool kInside>() {
     const Rows rows(grid, back);
-    auto& coefficients = shared.back[warp];
-    back_decays.template share<kInside>(back, coefficients);
-    Cursor next = back;
-    next.retreat(plan);
-    const Rows next_rows(grid, next);
-    if (kInside || more) back_decays.template fetch<kInside>(next);
-    if constexpr (!kAllInRing) point_at(next_rows);
-    const auto& slot = shared.slots[back.slot];
-    if (!kInside && back.n == end) {
+    auto& slot = slots[back.slot];
+    float x[kChunk + 1][V], gates[kChunk][V], share[kChunk], a[kChunk];
+    // Read before shares take the rows' places: around those nothing could be read ahead.
+    Vector<T, V> v_in[kChunk], c_in[kChunk], dy[kChunk];
 #pragma unroll
-      for (int i = kChunk - 1; i >= 0; --i) {
-        const float a = coefficients[i][my_head];
-        const Vector<T, V> ci = c_of(slot, i), gi = dy_of(slot, i);
-        if constexpr (!kAllInRing) fetch_row(more && next_rows.has(i), i);
-#pragma unroll
-        for (int k = 0; k < V; ++k) arriving[k] = a * (gi[k] * ci[k] + arriving[k]);
-      }
-      fetch_state(next);
-      return;
+    for (int i = 0; i < kChunk; ++i) {
+      a[i] = slot.decays[warp][i][my_head];
+      v_in[i] = slot.v[i][tid];
+      c_in[i] = slot.c[i][tid];
+      dy[i] = slot.dy[i][tid];
     }
-    float x[kChunk + 1][V], share[kChunk];
-    float gates[kAllInRing ? kChunk : 1][V];  // sigmoid(b), where registers are left for it
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       if constexpr (kSaved) {
@@ -343,26 +379,18 @@ __global__ void __launch_bounds__(kSwrThreads)
         x[0][k] = slot.end_state[k][tid];
       }
     }
+    Cursor next = back;
+    next.retreat(plan);
     fetch_state(next);
-    const Copies copies = copies_of(copied);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const float a = coefficients[i][my_head];
-      if constexpr (kSaved) product *= a;
-      const Vector<T, V> b = slot.b[i][tid], vv = slot.v[i][tid];
+      if constexpr (kSaved) product *= a[i];
+      const Vector<T, V> b_in = slot.b[i][tid];
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const float gate = sigmoid<T>(b[k]);
-        if constexpr (kAllInRing) gates[i][k] = gate;
-        x[i + 1][k] = a * x[i][k] + gate * vv[k];
+        gates[i][k] = sigmoid<T>(b_in[k]);
+        x[i + 1][k] = a[i] * x[i][k] + gates[i][k] * v_in[i][k];
       }
-      if constexpr (kAllInRing && kInside) {  // here, so that the reads are spread over the step
-        if (i % kTogether == 0) copy_rows.template operator()<true>(copies, i);
-      }
-    }
-    if constexpr (kAllInRing && kInside) {
-      copies_commit();
-      copied.retreat(plan);
     }
     const int64_t last_row = rows.t0 + kChunk - 1;
     T* db_i = db + last_row * dgate_step;
@@ -370,24 +398,20 @@ __global__ void __launch_bounds__(kSwrThreads)
     T* dv_i = kWidth > 0 ? db_i + 2 * kWidth : dv + last_row * dv_step;
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
-      const float a = coefficients[i][my_head];
-      const Vector<T, V> b = slot.b[i][tid], vv = slot.v[i][tid];
-      const Vector<T, V> ci = c_of(slot, i), gi = dy_of(slot, i);
-      if constexpr (!kAllInRing) fetch_row(kInside || (more && next_rows.has(i)), i);
       float dci[V], dvi[V], dbi[V], sum = 0.0f;
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const float gate = kAllInRing ? gates[i][k] : sigmoid<T>(b[k]);
-        const float pw = gi[k] * ci[k] + arriving[k];
-        arriving[k] = a * pw;
+        const float g = dy[i][k], gate = gates[i][k];
+        const float pw = g * c_in[i][k] + arriving[k];
+        arriving[k] = a[i] * pw;
         sum += pw * x[i][k];
         const float du = pw * gate;
-        dci[k] = gi[k] * x[i + 1][k];
-        dvi[k] = gi[k] + du;
-        const float dgate = du * vv[k];
+        dci[k] = g * x[i + 1][k];
+        dvi[k] = g + du;
+        const float dgate = du * v_in[i][k];
         dbi[k] = dgate - dgate * gate;
       }
-      share[i] = (1.0f - a * inverse_decay_max) * (a * sum - Tqv);
+      share[i] = (1.0f - a[i] * inverse_decay_max) * (a[i] * sum - Tqv);
       if (kInside || (active && rows.has(i))) {
         if constexpr (kGroup == 1) {
           store_vector<T, V>(dc_i, dci);
@@ -398,34 +422,13 @@ __global__ void __launch_bounds__(kSwrThreads)
       if constexpr (kGroup > 1) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          shared.shares.db[i][k][tid] = dbi[k];
-          shared.shares.dc[i][k][tid] = dci[k];
+          put(k == 0 ? slot.b[i][tid] : slot.v[i][tid], dbi[k]);
+          put(k == 0 ? slot.c[i][tid] : slot.dy[i][tid], dci[k]);
         }
       }
       dc_i -= dgate_step;
       db_i -= dgate_step;
       dv_i -= dv_step;
-    }
-    if constexpr (kGroup > 1) {
-      __syncthreads();
-#pragma unroll
-      for (int i = member; i < kChunk; i += kGroup) {
-        float db_sum[V] = {}, dc_sum[V] = {};
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-#pragma unroll
-          for (int m = 0; m < kGroup; ++m) {
-            const int from = tid + (m - member) * 32;
-            db_sum[k] += shared.shares.db[i][k][from];
-            dc_sum[k] += shared.shares.dc[i][k][from];
-          }
-        }
-        if (kInside || (active && rows.has(i))) {
-          store_vector<T, V>(db + int64_t{rows.t0 + i} * dgate_step, db_sum);
-          store_vector<T, V>(dc + int64_t{rows.t0 + i} * dgate_step, dc_sum);
-        }
-      }
-      __syncthreads();  // before the next chunk's shares
     }
     const int begin = reduce_scatter<kLanes, kChunk>(share, lane);
     constexpr int kRows = kLanes < kChunk ? kChunk / kLanes : 1;
@@ -440,17 +443,9 @@ __global__ void __launch_bounds__(kSwrThreads)
     }
   };
 
-  for (int step = 0; step < steps; ++step) {
-    // Inside: every row and channel between the copies and the back exists.
-    const bool inside = full_chunks && back.n < end && (back.n < blocks - 1 || last_complete) &&
-                        copied.n >= warm && (copied.n > 0 || grid.index == 0);
-    if (inside) {
-      front_step.template operator()<true>(step);
-    } else {
-      front_step.template operator()<false>(step);
-    }
-    if (step < delay) continue;
-
+  for (int step = 0; step < lag; ++step) meet_step(step);
+  for (int step = lag; step < steps; ++step) {
+    meet_step(step);
     const bool real = back.n < end;
     if (real && back.j == K - 1) {  // enter a block from the right
       if (back.n == blocks - 1) {   // nothing to its right but the state after the last step
@@ -486,7 +481,7 @@ __global__ void __launch_bounds__(kSwrThreads)
             v[k] = back.n == 1 ? SwrStart<float>(in, row, h, p + k).w : 0.0f;
           }
           for (int j = 0; j < K; ++j) {
-            const auto& slot = shared.slots[left];
+            const auto& slot = slots[left];
 #pragma unroll
             for (int k = 0; k < V; ++k) v[k] = slot.product[tid] * v[k] + slot.end_state[k][tid];
             left = left + 1 == plan.slots ? 0 : left + 1;
@@ -496,7 +491,7 @@ __global__ void __launch_bounds__(kSwrThreads)
         }
         product = 1.0f;
         for (int j = 0; j < K; ++j) {
-          auto& slot = shared.slots[at_slot];
+          auto& slot = slots[at_slot];
           const float r = slot.product[tid];
 #pragma unroll
           for (int k = 0; k < V; ++k) {
@@ -518,10 +513,15 @@ __global__ void __launch_bounds__(kSwrThreads)
       }
     }
 
-    if (inside) {
-      back_step.template operator()<true>(true);
+    if (!real) {
+      halo_step();
+      Cursor next = back;
+      next.retreat(plan);
+      fetch_state(next);
+    } else if (is_full(back)) {
+      back_step.template operator()<true>();
     } else {
-      back_step.template operator()<false>(step + 1 < steps);
+      back_step.template operator()<false>();
     }
     if (back.j == 0 && (back.n > first || !real)) {  // leave the block to the left
       // The v of an incomplete last block leaves with the state after the last step.
@@ -534,6 +534,7 @@ __global__ void __launch_bounds__(kSwrThreads)
     }
     back.retreat(plan);
   }
+  if constexpr (kGroup > 1) meet_step(steps);  // the last shares are there
 
   if (first > 0) return;
   // From the adjoints before the first step to the gradients of the given state.
@@ -554,27 +555,19 @@ __global__ void __launch_bounds__(kSwrThreads)
   if (active && lane % kLanes == 0) static_cast<float*>(params.dr)[head] = dr;
 }
 
-template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
-Status launch(const SwrBwdParams& params, cudaStream_t stream) {
-  using M = March<T, kLanes, kSaved, kGroup, kWidth>;
+// Whether all rows can be copied in units of 16 bytes.
+template <class T>
+bool units_fit(const SwrBwdParams& params) {
   const SwrInputs& in = params.in;
-  const auto kernel = swr_bwd_march_kernel<T, kLanes, kSaved, kGroup, kWidth>;
-  const SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads * in.width, in.window,
-                                       sizeof(T), M::kAhead, M::kCtas, multiprocessors());
-  size_t bytes = sizeof(typename M::Shared) + (plan.slots - 1) * sizeof(typename M::Slot);
-  const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
-  if (M::kCtas == 1 && ctas <= static_cast<unsigned>(multiprocessors())) {
-    bytes = alone_on_multiprocessor(bytes);
-  }
-  const Status allowed = allow_shared_memory(kernel, bytes);
-  if (!allowed.ok()) return allowed;
-  launch_early(kernel, dim3(ctas), kSwrThreads, bytes, stream, params, plan);
-  return launch_status(kSaved ? (kWidth > 0 ? "march_saved_packed" : "march_saved")
-                              : (kWidth > 0 ? "march_folded_packed" : "march_folded"));
+  constexpr int kUnit = 16 / sizeof(T);
+  return vector_aligned<T, kUnit>(in.b, {in.gate_batch, in.gate_step, in.width}) &&
+         vector_aligned<T, kUnit>(in.c, {}) &&
+         vector_aligned<T, kUnit>(in.u, {in.u_batch, in.u_step, in.u_head}) &&
+         vector_aligned<T, kUnit>(params.dx, {params.dx_batch, params.dx_step, params.dx_head});
 }
 
 // Whether inputs and gradients are packed rows [a: H | b: H P | c: H P | v: H P] with nothing
-// between, as phalanx's projection writes them, and rows aligned for copies of 16 bytes.
+// between, as phalanx's projection writes them, and copied in units of 16 bytes.
 template <class T>
 bool packed(const SwrBwdParams& params) {
   const SwrInputs& in = params.in;
@@ -586,9 +579,24 @@ bool packed(const SwrBwdParams& params) {
   return in.kv_heads == in.heads && in.gate_step == row && in.u_step == row &&
          params.dgate_step == row && params.du_step == row && params.dx_step == channels &&
          in.u_head == in.width && params.dx_head == in.width && follow(in.b, in.c, in.u) &&
-         vector_aligned<T, 16 / sizeof(T)>(in.b, {in.gate_batch}) &&
-         vector_aligned<T, 16 / sizeof(T)>(params.dx, {params.dx_batch}) &&
-         follow(params.db, params.dc, params.du);
+         units_fit<T>(params) && follow(params.db, params.dc, params.du);
+}
+
+template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
+Status launch(const SwrBwdParams& params, cudaStream_t stream) {
+  const SwrInputs& in = params.in;
+  const auto kernel = swr_bwd_march_kernel<T, kLanes, kSaved, kGroup, kWidth>;
+  SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads * in.width, in.window, sizeof(T),
+                                 multiprocessors());
+  plan.wide = kWidth > 0 || units_fit<T>(params);
+  const size_t bytes =
+      alone_on_multiprocessor(plan.slots * sizeof(typename March<T, kLanes, kSaved>::Slot));
+  const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
+  const Status allowed = allow_shared_memory(kernel, bytes);
+  if (!allowed.ok()) return allowed;
+  launch_early(kernel, dim3(ctas), 2 * kSwrThreads, bytes, stream, params, plan);
+  return launch_status(kSaved ? (kWidth > 0 ? "march_saved_packed" : "march_saved")
+                              : (kWidth > 0 ? "march_folded_packed" : "march_folded"));
 }
 
 template <class T, int kLanes, bool kSaved>

@@ -43,6 +43,13 @@ struct Rows {
   __device__ bool has(int i) const { return lo <= i && i < hi; }
 };
 
+/// Waits at a barrier until kThreads threads of the CTA have come, from whichever places in the
+/// code.
+template <int kThreads>
+__device__ inline void meet(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
 /// The coefficients of a chunk for the kHeads heads of a warp: fetched early by one lane per row
 /// and head, turned into decay_max sigmoid(a) and shared by the warp later.
 template <class T, int kHeads>

@@ -191,7 +191,7 @@ inline SwrStrips swr_fwd_strips(int64_t batch, int64_t length, int64_t window, i
 /// Groups of 4 rows that the ring of the marching forward has on their way.
 constexpr int kSwrRingAhead = 3;
 
-/// Strips of the forward with a ring. A multiprocessor takes one CTA of 128 threads at a time: more
+/// Strips of the marches with a ring. A multiprocessor takes one CTA of 128 threads at a time: more
 /// rows on their way than those of one are slower. So the march lasts as long as the strips that a
 /// multiprocessor takes in turn, each with a block beside it and some steps to get going.
 inline SwrStrips swr_ring_strips(int64_t batch, int64_t length, int64_t window, int64_t lanes,
@@ -225,10 +225,10 @@ inline bool swr_chains_window(int64_t batch, int64_t length, int64_t channels, i
                  .blocks < 8;
 }
 
-/// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels and has
-/// kSwrMarchAhead chunks of its reads in flight, or fewer where all rows come through the ring.
+/// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels, and
+/// kSwrMarchAhead chunks are on their way.
 constexpr int kSwrMarchBytes = 4;
-constexpr int kSwrMarchAhead = 2;
+constexpr int kSwrMarchAhead = 1;
 /// Below this window most rows of its chunks would be empty.
 constexpr int64_t kSwrMarchMinWindow = 8;
 /// Steps and chunks are counted in 32 bits.
@@ -264,25 +264,24 @@ inline SwrSavedSizes swr_saved_sizes(int64_t batch, int64_t length, int64_t head
 struct SwrMarch {
   int chunks_per_block;
   int slots;        // chunks in the ring of shared memory
+  bool wide;        // rows are copied in units of 16 bytes
   int64_t columns;  // CTAs beside each other
   int64_t strips, strip_blocks;
   int64_t max_blocks;
 };
 
-/// One wave of CTAs: as many strips as fit beside each other, since every strip repeats a block at
-/// both ends. `ahead` chunks are in flight.
+/// Strips as in the forward's ring: a multiprocessor takes one CTA at a time.
 inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t channels, int64_t window,
-                               int64_t bytes_per_element, int ahead, int ctas_per_multiprocessor,
-                               int multiprocessors) {
+                               int64_t bytes_per_element, int multiprocessors) {
   SwrMarch plan{};
   plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
-  // Folding keeps the block of the back and the one to its left.
-  plan.slots = (swr_saves(window) ? 1 : 2 * plan.chunks_per_block) + ahead;
+  // The one being made ready and those before it that are still needed: the one that is walked, and
+  // when folding the rest of its block and the one to its left.
+  plan.slots = (swr_saves(window) ? 2 : 2 * plan.chunks_per_block + 1) + kSwrMarchAhead;
   plan.columns = (channels * bytes_per_element - 1) / (128 * kSwrMarchBytes) + 1;
   plan.max_blocks = swr_max_blocks(window, length);
   const SwrStrips strips =
-      swr_strips(plan.max_blocks, multiprocessors * ctas_per_multiprocessor /
-                                      std::max<int64_t>(1, plan.columns * batch));
+      swr_ring_strips(batch, length, window, plan.columns * 128, multiprocessors);
   plan.strips = strips.strips;
   plan.strip_blocks = strips.blocks;
   return plan;

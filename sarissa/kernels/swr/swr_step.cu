@@ -1,6 +1,8 @@
 // One step on CUDA, for decoding: a thread owns 4 neighbouring channels of a head (or one), reads
 // their state, makes the step of README.md and writes the state. Nothing is worth keeping in flight
-// but the reads themselves, so it needs few registers and fills the machine with threads.
+// but the reads themselves, so it needs few registers and fills the machine with threads. While the
+// kernel before it ends, it already asks the L2 cache for what it reads. (Not for the index: so few
+// bytes for which all threads ask are in the way.)
 #include "sarissa/kernels/swr/swr_cuda.cuh"
 
 namespace sarissa::kernels {
@@ -18,29 +20,41 @@ __global__ void __launch_bounds__(kSwrThreads) swr_step_kernel(SwrFwdParams para
   const int64_t head = row * in.heads + h;
 
   const SwrChannel<T, kGated> at(in, row, h, p);
+  const C* const w_in = static_cast<const C*>(in.w) + i;
+  const C* const v_in = static_cast<const C*>(in.v) + i;
+  const C* const r_in = static_cast<const C*>(in.r) + head;
+  const int32_t* const index_in = in.index + row;
+  const bool has_state = in.w != nullptr, full = in.window == 0;
+  prefetch(w_in, has_state);
+  prefetch(v_in, has_state);
+  prefetch(r_in, has_state);
+  prefetch(at.a);
+  prefetch(at.u);
+  prefetch(at.b, kGated);
+  prefetch(at.c, kGated);
   wait_for_earlier_kernels();
-  C w[V] = {}, v[V] = {}, r = C(1);
-  int64_t index = 0;
-  if (in.w != nullptr) {
-    const auto w_in = load_vector<C, V>(static_cast<const C*>(in.w) + i);
-    const auto v_in = load_vector<C, V>(static_cast<const C*>(in.v) + i);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      w[j] = w_in[j];
-      v[j] = v_in[j];
-    }
-    r = static_cast<const C*>(in.r)[head];
-    if (in.window > 0) index = swr_grid(in, row).index;
-  }
-  const bool full = in.window == 0;
-  if (full) {  // the whole state in w
-#pragma unroll
-    for (int j = 0; j < V; ++j) w[j] += r * v[j];
-  }
-  const C a = at.coefficient(0);
+  // All loads come before the first use of one: they take one memory latency together.
   const Vector<T, V> u = load_vector<T, V>(at.u);
   const auto b = kGated ? load_vector<T, V>(at.b) : u;
   const auto c = kGated ? load_vector<T, V>(at.c) : u;
+  const auto a_in = load_vector<T, 1>(at.a);
+  Vector<C, V> w_given = Vector<C, V>::zero(), v_given = Vector<C, V>::zero();
+  C r = C(1);
+  int32_t index_given = 0;
+  if (has_state) {
+    w_given = load_vector<C, V>(w_in);
+    v_given = load_vector<C, V>(v_in);
+    r = *r_in;
+    if (!full) index_given = *index_in;
+  }
+  const int64_t index = SwrGrid(in.window, index_given, 1).index;
+  const C a = kGated ? at.decay_max * sigmoid<T>(a_in[0]) : a_in[0];
+  C w[V], v[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    v[j] = v_given[j];
+    w[j] = full ? w_given[j] + r * v[j] : w_given[j];  // full: the whole state in w
+  }
   r = full ? C(1) : r * a;
   C out[V];
 #pragma unroll
