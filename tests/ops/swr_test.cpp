@@ -541,18 +541,40 @@ TEST(SwrPlan, MarchingStripsCoverAllBlocks) {
   for (const int64_t window : {8, 16, 32, 64, 256}) {
     for (const int64_t length : {1, 100, 2048, 131072}) {
       for (const int64_t channels : {16, 1024, 4096}) {
-        const auto plan = kernels::swr_march_plan(1, length, channels, window, 2, 132);
-        EXPECT_GE(plan.columns * 256, channels);
+        const auto plan = kernels::swr_march_plan(1, length, channels / 16, channels / 16, 16,
+                                                  window, 2, 280, 132, 227 << 10);
+        EXPECT_EQ(plan.columns, channels == 16 ? 64 : 128);
+        EXPECT_GE(plan.ctas * plan.columns * 2, channels);
         EXPECT_EQ(plan.max_blocks, kernels::swr_max_blocks(window, length));
         EXPECT_GE(plan.strips * plan.strip_blocks, plan.max_blocks);
         EXPECT_LT((plan.strips - 1) * plan.strip_blocks, plan.max_blocks);
-        EXPECT_LE(plan.strips * plan.columns, 132);
+        EXPECT_LE(plan.strips * plan.ctas, 132);
         // What is walked, two blocks where the left one is folded, what is made ready, and what is
         // on its way.
         EXPECT_LE(plan.slots, window > 32 ? 3 : 6);
       }
     }
   }
+}
+
+TEST(SwrPlan, MarchTakesWhatFitsInSharedMemory) {
+  const auto columns = [](int64_t window, int64_t group, int64_t shared_kb) {
+    const auto plan = kernels::swr_march_plan(1, 2048, 256, 256 / group, 16, window, 2, 280, 132,
+                                              shared_kb << 10);
+    return plan.columns;
+  };
+  // An H100, an A100 and smaller cards.
+  EXPECT_EQ(columns(16, 1, 227), 128);
+  EXPECT_EQ(columns(16, 1, 163), 128);
+  EXPECT_EQ(columns(16, 1, 99), 64);
+  EXPECT_EQ(columns(32, 1, 163), 64);
+  EXPECT_EQ(columns(32, 1, 99), 0);
+  EXPECT_EQ(columns(64, 1, 99), 64);
+  // Heads that share a kv head: neighbouring warps of a CTA, and a slot more.
+  EXPECT_EQ(columns(16, 4, 227), 128);
+  EXPECT_EQ(columns(16, 4, 163), 0);
+  EXPECT_EQ(columns(16, 2, 163), 64);
+  EXPECT_EQ(columns(32, 2, 227), 64);
 }
 
 TEST(SwrPlan, LongWindowsAndFullRecurrencesSave) {

@@ -87,12 +87,18 @@ inline int multiprocessors() {
   return count;
 }
 
-/// `bytes` of dynamic shared memory, or so much more that a block has its multiprocessor to itself.
-inline size_t alone_on_multiprocessor(size_t bytes) {
+/// Bytes of shared memory that a block can have on the current device.
+inline int most_shared_memory() {
   int device = 0, most = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes > static_cast<size_t>(most) / 2 ? bytes : static_cast<size_t>(most) / 2 + 1024;
+  return most;
+}
+
+/// `bytes` of dynamic shared memory, or so much more that a block has its multiprocessor to itself.
+inline size_t alone_on_multiprocessor(size_t bytes) {
+  const auto half = static_cast<size_t>(most_shared_memory()) / 2;
+  return bytes > half ? bytes : half + 1024;
 }
 
 }  // namespace sarissa::kernels

@@ -23,8 +23,8 @@
 namespace sarissa::kernels {
 namespace {
 
-/// kLanes neighbouring lanes own a head.
-template <class T, int kLanes, bool kSaved>
+/// kLanes neighbouring lanes own a head; a CTA has kColumns columns.
+template <class T, int kLanes, bool kSaved, int kColumns>
 struct March {
   static constexpr int V = kSwrMarchBytes / sizeof(T);  // channels of a column
   static constexpr int kHeads = 32 / kLanes;            // heads of a warp
@@ -32,20 +32,20 @@ struct March {
 
   /// A chunk of the ring: a thread reads only its own column.
   struct alignas(16) Rows {
-    Vector<T, V> b[kChunk][kSwrThreads], v[kChunk][kSwrThreads];
-    Vector<T, V> c[kChunk][kSwrThreads], dy[kChunk][kSwrThreads];
-    typename Decays::Shared decays[kSwrThreads / 32];
+    Vector<T, V> b[kChunk][kColumns], v[kChunk][kColumns];
+    Vector<T, V> c[kChunk][kColumns], dy[kChunk][kColumns];
+    typename Decays::Shared decays[kColumns / 32];
   };
   struct FoldedRows : Rows {
-    float end_state[V][kSwrThreads];  // E; from the back's entry into the block on: x at its start
-    float product[kSwrThreads];       // G
+    float end_state[V][kColumns];  // E; from the back's entry into the block on: x at its start
+    float product[kColumns];       // G
   };
   using Slot = std::conditional_t<kSaved, Rows, FoldedRows>;
 };
 
-/// Barriers: of all threads between two steps; of the front when shares are added; and, from
-/// kPairBarrier on, of a warp of the front and the one of the back that takes the same columns.
-enum MarchBarrier { kStepBarrier, kGroupBarrier, kPairBarrier };
+/// Barriers: of all threads between two steps; and, from kPairBarrier on, of a warp of the front
+/// and the one of the back that takes the same columns.
+enum MarchBarrier { kStepBarrier, kPairBarrier };
 
 /// A share of a gradient in the place of a row's channels.
 template <class Channels>
@@ -62,22 +62,22 @@ __device__ inline float get(const Channels& from) {
 
 // kGroup: heads that share a kv head; they are at the same lanes of neighbouring warps of the back.
 // Their shares of the gradients of b and c take the place of a chunk's rows in the ring, and the
-// front adds them in the next step, in head order. kWidth: the channels H P, known when
-// compiled, of one packed row per step, or 0: then all strides are constants and the addresses of a
-// chunk's rows cost nothing.
-template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
-__global__ void __launch_bounds__(2 * kSwrThreads, 1)
+// front adds them in the next step, in head order; a slot more keeps them until then. kWidth: the
+// channels H P, known when compiled, of one packed row per step, or 0: then all strides are
+// constants and the addresses of a chunk's rows cost nothing.
+template <class T, int kLanes, bool kSaved, int kGroup, int kWidth, int kColumns>
+__global__ void __launch_bounds__(2 * kColumns, 1)
     swr_bwd_march_kernel(SwrBwdParams params, SwrMarch plan) {
-  using M = March<T, kLanes, kSaved>;
+  using M = March<T, kLanes, kSaved, kColumns>;
   constexpr int V = M::V;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<typename M::Slot*>(shared_bytes);
   const SwrInputs& in = params.in;
-  const bool is_front = threadIdx.x >= kSwrThreads;
-  const int tid = threadIdx.x % kSwrThreads, lane = tid % 32, warp = tid / 32;
-  const int64_t column = blockIdx.x % plan.columns;
-  const int64_t strip = blockIdx.x / plan.columns % plan.strips;
-  const int64_t row = blockIdx.x / plan.columns / plan.strips;
+  const bool is_front = threadIdx.x >= kColumns;
+  const int tid = threadIdx.x % kColumns, lane = tid % 32, warp = tid / 32;
+  const int64_t column = blockIdx.x % plan.ctas;
+  const int64_t strip = blockIdx.x / plan.ctas % plan.strips;
+  const int64_t row = blockIdx.x / plan.ctas / plan.strips;
 
   // Without a given index the grid of blocks is known before anything is read.
   const bool early = in.index == nullptr;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(2 * kSwrThreads, 1)
   // Warps w, w + 1, ... of a group: one slice of kv channels, one head each. Columns beyond the
   // channels repeat the last ones, and nothing is stored for them.
   const int member = warp % kGroup;
-  const int64_t slice = column * (kSwrThreads / 32 / kGroup) + warp / kGroup;
+  const int64_t slice = column * (kColumns / 32 / kGroup) + warp / kGroup;
   const int64_t channels = in.heads * in.width, gate_channels = in.kv_heads * in.width;
   struct Column {
     bool active;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(2 * kSwrThreads, 1)
   constexpr int64_t kRow = kWidth / (kLanes * V) + 3 * kWidth;  // H + 3 H P
   // Whether every row of a chunk exists; its block is not beyond the strip's.
   const bool full_chunks =
-      grid.window % kChunk == 0 && (column + 1) * (kSwrThreads / kGroup) * V <= gate_channels;
+      grid.window % kChunk == 0 && (column + 1) * (kColumns / kGroup) * V <= gate_channels;
   const auto is_full = [&](const Cursor& chunk) {
     return full_chunks && (chunk.n > 0 || grid.index == 0) &&
            (chunk.n < blocks - 1 || (chunk.n == blocks - 1 && last_complete));
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(2 * kSwrThreads, 1)
   const auto meet_step = [&](int step) {
     constexpr int kMeetAll = kSaved && kGroup == 1 ? 16 : 1;
     if (step % kMeetAll == 0) {
-      meet<2 * kSwrThreads>(kStepBarrier);
+      meet<2 * kColumns>(kStepBarrier);
     } else {
       meet<2 * 32>(kPairBarrier + warp);
     }
@@ -275,10 +275,7 @@ __global__ void __launch_bounds__(2 * kSwrThreads, 1)
     };
     for (int step = 0; step < steps; ++step) {
       meet_step(step);
-      if (kGroup > 1 && step > lag) {
-        add_shares();
-        meet<kSwrThreads>(kGroupBarrier);  // before the slot is filled again
-      }
+      if (kGroup > 1 && step > lag) add_shares();
       if (front.n < end && is_full(front) && copied.n >= first && is_full(copied)) {
         front_step.template operator()<true>();
       } else {
@@ -582,47 +579,64 @@ bool packed(const SwrBwdParams& params) {
          units_fit<T>(params) && follow(params.db, params.dc, params.du);
 }
 
-template <class T, int kLanes, bool kSaved, int kGroup, int kWidth>
-Status launch(const SwrBwdParams& params, cudaStream_t stream) {
-  const SwrInputs& in = params.in;
-  const auto kernel = swr_bwd_march_kernel<T, kLanes, kSaved, kGroup, kWidth>;
-  SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads * in.width, in.window, sizeof(T),
-                                 multiprocessors());
+/// Shared memory of the ring for a chunk, per column.
+template <class T, int kLanes, bool kSaved>
+constexpr int64_t kSlotBytesPerColumn = sizeof(typename March<T, kLanes, kSaved, 32>::Slot) / 32;
+
+template <class T, int kLanes, bool kSaved, int kGroup, int kWidth, int kColumns>
+Status launch(const SwrBwdParams& params, SwrMarch plan, cudaStream_t stream) {
+  const auto kernel = swr_bwd_march_kernel<T, kLanes, kSaved, kGroup, kWidth, kColumns>;
   plan.wide = kWidth > 0 || units_fit<T>(params);
-  const size_t bytes =
-      alone_on_multiprocessor(plan.slots * sizeof(typename March<T, kLanes, kSaved>::Slot));
-  const auto ctas = static_cast<unsigned>(plan.columns * plan.strips * in.batch);
+  using Slot = typename March<T, kLanes, kSaved, kColumns>::Slot;
+  static_assert(sizeof(Slot) == kSlotBytesPerColumn<T, kLanes, kSaved> * kColumns);
+  const size_t bytes = alone_on_multiprocessor(plan.slots * sizeof(Slot));
+  const auto ctas = static_cast<unsigned>(plan.ctas * plan.strips * params.in.batch);
   const Status allowed = allow_shared_memory(kernel, bytes);
   if (!allowed.ok()) return allowed;
-  launch_early(kernel, dim3(ctas), 2 * kSwrThreads, bytes, stream, params, plan);
+  launch_early(kernel, dim3(ctas), 2 * kColumns, bytes, stream, params, plan);
   return launch_status(kSaved ? (kWidth > 0 ? "march_saved_packed" : "march_saved")
                               : (kWidth > 0 ? "march_folded_packed" : "march_folded"));
 }
 
 template <class T, int kLanes, bool kSaved>
+SwrMarch plan_of(const SwrInputs& in) {
+  return swr_march_plan(in.batch, in.length, in.heads, in.kv_heads, in.width, in.window, sizeof(T),
+                        kSlotBytesPerColumn<T, kLanes, kSaved>, multiprocessors(),
+                        most_shared_memory());
+}
+
+template <class T, int kLanes, bool kSaved>
 Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
   constexpr bool kDefaultWidth = kLanes * (kSwrMarchBytes / sizeof(T)) == 16;
+  const SwrMarch plan = plan_of<T, kLanes, kSaved>(params.in);
+  const int64_t group = params.in.heads / params.in.kv_heads;
+  if (plan.columns == 64) {
+    if constexpr (kDefaultWidth) {
+      if (group == 2) return launch<T, kLanes, kSaved, 2, 0, 64>(params, plan, stream);
+    }
+    return launch<T, kLanes, kSaved, 1, 0, 64>(params, plan, stream);
+  }
   if constexpr (kDefaultWidth) {
-    switch (params.in.heads / params.in.kv_heads) {
+    switch (group) {
       case 2:
-        return launch<T, kLanes, kSaved, 2, 0>(params, stream);
+        return launch<T, kLanes, kSaved, 2, 0, 128>(params, plan, stream);
       case 4:
-        return launch<T, kLanes, kSaved, 4, 0>(params, stream);
+        return launch<T, kLanes, kSaved, 4, 0, 128>(params, plan, stream);
     }
   }
   if constexpr (kDefaultWidth && sizeof(T) == 2) {
     if (packed<T>(params)) {
       switch (params.in.heads * params.in.width) {
         case 1024:
-          return launch<T, kLanes, kSaved, 1, 1024>(params, stream);
+          return launch<T, kLanes, kSaved, 1, 1024, 128>(params, plan, stream);
         case 2048:
-          return launch<T, kLanes, kSaved, 1, 2048>(params, stream);
+          return launch<T, kLanes, kSaved, 1, 2048, 128>(params, plan, stream);
         case 4096:
-          return launch<T, kLanes, kSaved, 1, 4096>(params, stream);
+          return launch<T, kLanes, kSaved, 1, 4096, 128>(params, plan, stream);
       }
     }
   }
-  return launch<T, kLanes, kSaved, 1, 0>(params, stream);
+  return launch<T, kLanes, kSaved, 1, 0, 128>(params, plan, stream);
 }
 
 }  // namespace
@@ -630,12 +644,22 @@ Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
 bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype) {
   const SwrInputs& in = params.in;
   const int64_t group = in.heads / in.kv_heads;
-  return swr_lanes_fit(in, dtype) && in.window >= kSwrMarchMinWindow &&
-         in.length <= kSwrMarchLength &&
-         (group == 1 || (in.width == 16 && (group == 2 || group == 4))) &&
-         (!swr_saves(in.window) ||
-          (params.saved.states != nullptr && vector_aligned<float, 2>(params.saved.states, {}))) &&
-         swr_lane_gradients_fit(params, dtype);
+  if (!swr_lanes_fit(in, dtype) || in.window < kSwrMarchMinWindow || in.length > kSwrMarchLength ||
+      !(group == 1 || (in.width == 16 && (group == 2 || group == 4))) ||
+      !swr_lane_gradients_fit(params, dtype)) {
+    return false;
+  }
+  if (swr_saves(in.window) &&
+      (params.saved.states == nullptr || !vector_aligned<float, 2>(params.saved.states, {}))) {
+    return false;
+  }
+  bool fits = false;  // in shared memory
+  swr_with_lanes(in, dtype, [&]<class T, int kLanes>() -> Status {
+    fits = swr_saves(in.window) ? bool(plan_of<T, kLanes, true>(in))
+                                : bool(plan_of<T, kLanes, false>(in));
+    return {};
+  });
+  return fits;
 }
 
 Status swr_bwd_march(const SwrBwdParams& params, DType dtype, void* stream) {

@@ -262,26 +262,41 @@ inline SwrSavedSizes swr_saved_sizes(int64_t batch, int64_t length, int64_t head
 }
 
 struct SwrMarch {
+  int columns =
+      0;  // of kSwrMarchBytes, of a CTA: 128 or 64; 0: the march does not take the problem
   int chunks_per_block;
-  int slots;        // chunks in the ring of shared memory
-  bool wide;        // rows are copied in units of 16 bytes
-  int64_t columns;  // CTAs beside each other
+  int slots;     // chunks in the ring of shared memory
+  bool wide;     // rows are copied in units of 16 bytes
+  int64_t ctas;  // beside each other
   int64_t strips, strip_blocks;
   int64_t max_blocks;
+
+  explicit operator bool() const { return columns > 0; }
 };
 
-/// Strips as in the forward's ring: a multiprocessor takes one CTA at a time.
-inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t channels, int64_t window,
-                               int64_t bytes_per_element, int multiprocessors) {
+/// Strips as in the forward's ring: a multiprocessor takes one CTA at a time. A chunk takes
+/// `slot_bytes` of shared memory for each column, of which a CTA can have `shared`. 64 columns
+/// where 128 do not fit, or would be half empty; heads that share a kv head lie in neighbouring
+/// warps.
+inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,
+                               int64_t width, int64_t window, int64_t bytes_per_element,
+                               int64_t slot_bytes, int multiprocessors, int64_t shared) {
   SwrMarch plan{};
   plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
-  // The one being made ready and those before it that are still needed: the one that is walked, and
-  // when folding the rest of its block and the one to its left.
-  plan.slots = (swr_saves(window) ? 2 : 2 * plan.chunks_per_block + 1) + kSwrMarchAhead;
-  plan.columns = (channels * bytes_per_element - 1) / (128 * kSwrMarchBytes) + 1;
+  // The one being made ready and those before it that are still needed: the one that is walked,
+  // when folding the rest of its block and the one to its left, and the shares of a kv head.
+  plan.slots = (swr_saves(window) ? 2 : 2 * plan.chunks_per_block + 1) +
+               (kv_heads < heads ? 1 : 0) + kSwrMarchAhead;
+  const int64_t channels = heads * width,
+                columns = (channels * bytes_per_element - 1) / kSwrMarchBytes + 1;
+  const auto fits = [&](int64_t n) {
+    return plan.slots * n * slot_bytes <= shared && n / 32 % (heads / kv_heads) == 0;
+  };
+  plan.columns = fits(128) && (columns > 64 || !fits(64)) ? 128 : fits(64) ? 64 : 0;
+  if (!plan) return plan;
+  plan.ctas = (columns - 1) / plan.columns + 1;
   plan.max_blocks = swr_max_blocks(window, length);
-  const SwrStrips strips =
-      swr_ring_strips(batch, length, window, plan.columns * 128, multiprocessors);
+  const SwrStrips strips = swr_ring_strips(batch, length, window, plan.ctas * 128, multiprocessors);
   plan.strips = strips.strips;
   plan.strip_blocks = strips.blocks;
   return plan;
