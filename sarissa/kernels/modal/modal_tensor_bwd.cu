@@ -849,10 +849,7 @@ bool is_direct(const ModalInputs& in, const ModalTensorBwd& plan) {
 }  // namespace modal_bwd
 
 ModalTensorBwd modal_tensor_bwd_plan(const ModalInputs& in, DType dtype) {
-  int device = 0, shared = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return modal_tensor_bwd_plan(in, dtype, sizeof(modal_bwd::TeamShared), shared);
+  return modal_tensor_bwd_plan(in, dtype, sizeof(modal_bwd::TeamShared), most_shared_memory());
 }
 
 Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, void* stream) {

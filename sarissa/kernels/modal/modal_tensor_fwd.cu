@@ -831,11 +831,8 @@ Status run(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t str
 }  // namespace
 
 bool modal_tensor_fwd_runs(const ModalTensorFwd& plan) {
-  int device = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const size_t bytes = plan.ranks > 1 ? sizeof(Shared<true>) : sizeof(Shared<false>);
-  return bytes <= static_cast<size_t>(most);
+  return bytes <= static_cast<size_t>(most_shared_memory());
 }
 
 int64_t modal_tensor_fwd_workspace(const ModalInputs& in, const ModalTensorFwd& plan) {
