@@ -265,9 +265,10 @@ struct SwrMarch {
   int columns =
       0;  // of kSwrMarchBytes, of a CTA: 128 or 64; 0: the march does not take the problem
   int chunks_per_block;
-  int slots;     // chunks in the ring of shared memory
-  bool wide;     // rows are copied in units of 16 bytes
-  int64_t ctas;  // beside each other
+  int slots;        // chunks in the ring of shared memory
+  bool spare_slot;  // one more than needed, for what heads that share a kv head leave there
+  bool wide;        // rows are copied in units of 16 bytes
+  int64_t ctas;     // beside each other
   int64_t strips, strip_blocks;
   int64_t max_blocks;
 
@@ -283,10 +284,9 @@ inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t heads, int
                                int64_t slot_bytes, int multiprocessors, int64_t shared) {
   SwrMarch plan{};
   plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
-  // The one being made ready and those before it that are still needed: the one that is walked,
-  // when folding the rest of its block and the one to its left, and the shares of a kv head.
-  plan.slots = (swr_saves(window) ? 2 : 2 * plan.chunks_per_block + 1) +
-               (kv_heads < heads ? 1 : 0) + kSwrMarchAhead;
+  // The one being made ready and those before it that are still needed: the one that is walked, and
+  // when folding the rest of its block and the one to its left.
+  plan.slots = (swr_saves(window) ? 2 : 2 * plan.chunks_per_block + 1) + kSwrMarchAhead;
   const int64_t channels = heads * width,
                 columns = (channels * bytes_per_element - 1) / kSwrMarchBytes + 1;
   const auto fits = [&](int64_t n) {
@@ -294,6 +294,8 @@ inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t heads, int
   };
   plan.columns = fits(128) && (columns > 64 || !fits(64)) ? 128 : fits(64) ? 64 : 0;
   if (!plan) return plan;
+  plan.spare_slot = kv_heads < heads && (plan.slots + 1) * plan.columns * slot_bytes <= shared;
+  plan.slots += plan.spare_slot ? 1 : 0;
   plan.ctas = (columns - 1) / plan.columns + 1;
   plan.max_blocks = swr_max_blocks(window, length);
   const SwrStrips strips = swr_ring_strips(batch, length, window, plan.ctas * 128, multiprocessors);
