@@ -570,11 +570,17 @@ TEST(SwrPlan, MarchTakesWhatFitsInSharedMemory) {
   EXPECT_EQ(columns(32, 1, 163), 64);
   EXPECT_EQ(columns(32, 1, 99), 0);
   EXPECT_EQ(columns(64, 1, 99), 64);
-  // Heads that share a kv head: neighbouring warps of a CTA, and a slot more.
-  EXPECT_EQ(columns(16, 4, 227), 128);
-  EXPECT_EQ(columns(16, 4, 163), 0);
-  EXPECT_EQ(columns(16, 2, 163), 64);
-  EXPECT_EQ(columns(32, 2, 227), 64);
+  // Heads that share a kv head lie in neighbouring warps of a CTA.
+  EXPECT_EQ(columns(16, 4, 163), 128);
+  EXPECT_EQ(columns(16, 4, 99), 0);
+  EXPECT_EQ(columns(16, 2, 99), 64);
+  // They take a slot more where there is room.
+  const auto spare = [](int64_t window, int64_t shared_kb) {
+    return kernels::swr_march_plan(1, 2048, 16, 4, 16, window, 2, 280, 132, shared_kb << 10)
+        .spare_slot;
+  };
+  EXPECT_TRUE(spare(16, 227) && spare(64, 227));
+  EXPECT_FALSE(spare(32, 227) || spare(16, 163));
 }
 
 TEST(SwrPlan, LongWindowsAndFullRecurrencesSave) {

@@ -43,9 +43,9 @@ struct March {
   using Slot = std::conditional_t<kSaved, Rows, FoldedRows>;
 };
 
-/// Barriers: of all threads between two steps; and, from kPairBarrier on, of a warp of the front
-/// and the one of the back that takes the same columns.
-enum MarchBarrier { kStepBarrier, kPairBarrier };
+/// Barriers: of all threads between two steps; of the front when shares are added; and, from
+/// kPairBarrier on, of a warp of the front and the one of the back that takes the same columns.
+enum MarchBarrier { kStepBarrier, kGroupBarrier, kPairBarrier };
 
 /// A share of a gradient in the place of a row's channels.
 template <class Channels>
@@ -62,7 +62,7 @@ __device__ inline float get(const Channels& from) {
 
 // kGroup: heads that share a kv head; they are at the same lanes of neighbouring warps of the back.
 // Their shares of the gradients of b and c take the place of a chunk's rows in the ring, and the
-// front adds them in the next step, in head order; a slot more keeps them until then. kWidth: the
+// front adds them in the next step, in head order; a spare slot keeps them so long. kWidth: the
 // channels H P, known when compiled, of one packed row per step, or 0: then all strides are
 // constants and the addresses of a chunk's rows cost nothing.
 template <class T, int kLanes, bool kSaved, int kGroup, int kWidth, int kColumns>
@@ -275,7 +275,10 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     };
     for (int step = 0; step < steps; ++step) {
       meet_step(step);
-      if (kGroup > 1 && step > lag) add_shares();
+      if (kGroup > 1 && step > lag) {
+        add_shares();
+        if (!plan.spare_slot) meet<kColumns>(kGroupBarrier);  // before the slot is filled again
+      }
       if (front.n < end && is_full(front) && copied.n >= first && is_full(copied)) {
         front_step.template operator()<true>();
       } else {
