@@ -485,6 +485,7 @@ std::vector<Case> selftest_cases() {
       phalanx_case(1, 131, 4, 4, 16, ops::kFullRecurrence),
       phalanx_case(2, 150, 4, 4, 16, 16),
       phalanx_case(1, 300, 4, 2, 16, 64),
+      phalanx_case(2, 150, 16, 4, 16, 16),
       fir_case(2, 37, 6, 6, 3),
       fir_case(1, 301, 24, 3, 128),
       hyena_fir_case(2, 45, 12, 3, 7, true),

@@ -395,6 +395,11 @@ TEST(PhalanxCuda, MarchingKernels) {
     // Packed rows: chunks that the window does not fill; more CTAs than multiprocessors.
     check({2, 307, 64, 64, 16, 100}, at::kBFloat16, with_state);
     check({40, 70, 64, 64, 16, 64}, at::kBFloat16, with_state);
+    for (const int64_t window : {16, 32, 64}) {  // packed rows of shared kv heads
+      check({2, 307, 64, 16, 16, window}, at::kBFloat16, with_state);
+      check({1, 211, 128, 64, 16, window}, at::kBFloat16, with_state);
+      check({1, 99, 256, 64, 16, window}, at::kBFloat16, with_state);
+    }
     for (const int64_t kv_heads : {1, 3, 10}) {  // shared by 2 and by 4 heads
       for (const int64_t window : {16, 32, 64}) {
         check({2, 301, 2 * kv_heads, kv_heads, 16, window}, at::kBFloat16, with_state);

@@ -108,7 +108,10 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     return Column{active, gate_channel, gate_channel / in.width * kGroup + member,
                   gate_channel % in.width};
   };
-  constexpr int64_t kRow = kWidth / (kLanes * V) + 3 * kWidth;  // H + 3 H P
+  constexpr int64_t kGates = kWidth / kGroup;
+  constexpr int64_t kRow = kWidth / (kLanes * V) + 2 * kGates + kWidth;
+  // Whether v follows c at the same place.
+  constexpr bool kPackedV = kWidth > 0 && kGroup == 1;
   // Whether every row of a chunk exists; its block is not beyond the strip's.
   const bool full_chunks =
       grid.window % kChunk == 0 && (column + 1) * (kColumns / kGroup) * V <= gate_channels;
@@ -150,8 +153,8 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     const Column unit = column_of(unit_lane);
     const SwrChannel<T, true> at(in, row, unit.h, unit.p);
     const T* const b_in = at.b;
-    const T* const c_in = kWidth > 0 ? b_in + kWidth : at.c;
-    const T* const v_in = kWidth > 0 ? b_in + 2 * kWidth : at.u;
+    const T* const c_in = kWidth > 0 ? b_in + kGates : at.c;
+    const T* const v_in = kPackedV ? b_in + 2 * kWidth : at.u;
     const T* const dy_in =
         static_cast<const T*>(params.dx) + row * params.dx_batch + unit.h * params.dx_head + unit.p;
     // Copies a chunk, or asks the L2 cache for it.
@@ -215,11 +218,10 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
           const Rows rows(grid, walked);
           const auto& slot = slots[walked.slot];
           const Column mine = column_of(lane);
-          const int64_t out_row = row * in.length;
-          T* const db =
-              static_cast<T*>(params.db) + out_row * params.dgate_step + mine.gate_channel;
-          T* const dc =
-              static_cast<T*>(params.dc) + out_row * params.dgate_step + mine.gate_channel;
+          const int64_t dgate_step = kWidth > 0 ? kRow : params.dgate_step;
+          const int64_t at = row * in.length * dgate_step + mine.gate_channel;
+          T* const db = static_cast<T*>(params.db) + at;
+          T* const dc = kWidth > 0 ? db + kGates : static_cast<T*>(params.dc) + at;
 #pragma unroll
           for (int i = member; i < kChunk; i += kGroup) {
             float db_sum[V] = {}, dc_sum[V] = {};
@@ -233,8 +235,8 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
               }
             }
             if (mine.active && rows.has(i)) {
-              store_vector<T, V>(db + int64_t{rows.t0 + i} * params.dgate_step, db_sum);
-              store_vector<T, V>(dc + int64_t{rows.t0 + i} * params.dgate_step, dc_sum);
+              store_vector<T, V>(db + int64_t{rows.t0 + i} * dgate_step, db_sum);
+              store_vector<T, V>(dc + int64_t{rows.t0 + i} * dgate_step, dc_sum);
             }
           }
         }
@@ -301,9 +303,9 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
   T* const da = static_cast<T*>(params.da) + out_row * params.da_step + h;
   T* const db = static_cast<T*>(params.db) + out_row * dgate_step + gate_channel;
   T* const dc =
-      kWidth > 0 ? db + kWidth : static_cast<T*>(params.dc) + out_row * dgate_step + gate_channel;
+      kWidth > 0 ? db + kGates : static_cast<T*>(params.dc) + out_row * dgate_step + gate_channel;
   T* const dv =
-      kWidth > 0 ? db + 2 * kWidth : static_cast<T*>(params.du) + out_row * dv_step + channel;
+      kPackedV ? db + 2 * kWidth : static_cast<T*>(params.du) + out_row * dv_step + channel;
   const float inverse_decay_max = 1.0f / static_cast<float>(in.decay_max);
   const auto read = [](const void* x, int64_t i) {
     return x != nullptr ? static_cast<const float*>(x)[i] : 0.0f;
@@ -394,8 +396,8 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     }
     const int64_t last_row = rows.t0 + kChunk - 1;
     T* db_i = db + last_row * dgate_step;
-    T* dc_i = kWidth > 0 ? db_i + kWidth : dc + last_row * dgate_step;
-    T* dv_i = kWidth > 0 ? db_i + 2 * kWidth : dv + last_row * dv_step;
+    T* dc_i = kWidth > 0 ? db_i + kGates : dc + last_row * dgate_step;
+    T* dv_i = kPackedV ? db_i + 2 * kWidth : dv + last_row * dv_step;
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
       float dci[V], dvi[V], dbi[V], sum = 0.0f;
@@ -566,20 +568,21 @@ bool units_fit(const SwrBwdParams& params) {
          vector_aligned<T, kUnit>(params.dx, {params.dx_batch, params.dx_step, params.dx_head});
 }
 
-// Whether inputs and gradients are packed rows [a: H | b: H P | c: H P | v: H P] with nothing
-// between, as phalanx's projection writes them, and copied in units of 16 bytes.
+// Whether inputs and gradients are packed rows [a: H | b: K P | c: K P | v: H P] for K kv heads
+// with nothing between, as phalanx's projection writes them, and copied in units of 16 bytes.
 template <class T>
 bool packed(const SwrBwdParams& params) {
   const SwrInputs& in = params.in;
-  const int64_t channels = in.heads * in.width, row = in.heads + 3 * channels;
+  const int64_t channels = in.heads * in.width, gates = in.kv_heads * in.width;
+  const int64_t row = in.heads + 2 * gates + channels;
   const auto follow = [&](const void* b, const void* c, const void* v) {
-    return static_cast<const T*>(c) == static_cast<const T*>(b) + channels &&
-           static_cast<const T*>(v) == static_cast<const T*>(b) + 2 * channels;
+    return static_cast<const T*>(c) == static_cast<const T*>(b) + gates &&
+           static_cast<const T*>(v) == static_cast<const T*>(b) + 2 * gates;
   };
-  return in.kv_heads == in.heads && in.gate_step == row && in.u_step == row &&
-         params.dgate_step == row && params.du_step == row && params.dx_step == channels &&
-         in.u_head == in.width && params.dx_head == in.width && follow(in.b, in.c, in.u) &&
-         units_fit<T>(params) && follow(params.db, params.dc, params.du);
+  return in.gate_step == row && in.u_step == row && params.dgate_step == row &&
+         params.du_step == row && params.dx_step == channels && in.u_head == in.width &&
+         params.dx_head == in.width && follow(in.b, in.c, in.u) && units_fit<T>(params) &&
+         follow(params.db, params.dc, params.du);
 }
 
 /// Shared memory of the ring for a chunk, per column.
@@ -619,27 +622,26 @@ Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
     }
     return launch<T, kLanes, kSaved, 1, 0, 64>(params, plan, stream);
   }
-  if constexpr (kDefaultWidth) {
-    switch (group) {
-      case 2:
-        return launch<T, kLanes, kSaved, 2, 0, 128>(params, plan, stream);
-      case 4:
-        return launch<T, kLanes, kSaved, 4, 0, 128>(params, plan, stream);
-    }
-  }
-  if constexpr (kDefaultWidth && sizeof(T) == 2) {
-    if (packed<T>(params)) {
-      switch (params.in.heads * params.in.width) {
-        case 1024:
-          return launch<T, kLanes, kSaved, 1, 1024, 128>(params, plan, stream);
-        case 2048:
-          return launch<T, kLanes, kSaved, 1, 2048, 128>(params, plan, stream);
-        case 4096:
-          return launch<T, kLanes, kSaved, 1, 4096, 128>(params, plan, stream);
+  const auto with_group = [&]<int kGroup>() -> Status {
+    if constexpr (kDefaultWidth && sizeof(T) == 2) {
+      if (packed<T>(params)) {
+        switch (params.in.heads * params.in.width) {
+          case 1024:
+            return launch<T, kLanes, kSaved, kGroup, 1024, 128>(params, plan, stream);
+          case 2048:
+            return launch<T, kLanes, kSaved, kGroup, 2048, 128>(params, plan, stream);
+          case 4096:
+            return launch<T, kLanes, kSaved, kGroup, 4096, 128>(params, plan, stream);
+        }
       }
     }
+    return launch<T, kLanes, kSaved, kGroup, 0, 128>(params, plan, stream);
+  };
+  if constexpr (kDefaultWidth) {
+    if (group == 2) return with_group.template operator()<2>();
+    if (group == 4) return with_group.template operator()<4>();
   }
-  return launch<T, kLanes, kSaved, 1, 0, 128>(params, plan, stream);
+  return with_group.template operator()<1>();
 }
 
 }  // namespace
