@@ -16,6 +16,8 @@ if(NOT TORCH_ROOT)
                         "one up in .venv, or give -DTORCH_ROOT=<site-packages>/torch.")
   endif()
   set(TORCH_ROOT "${_root}" CACHE PATH "Folder of the torch Python package")
+  # Also when CMake runs again with another PATH.
+  set(Python3_EXECUTABLE "${Python3_EXECUTABLE}" CACHE FILEPATH "The Python that has torch")
 endif()
 file(STRINGS "${TORCH_ROOT}/version.py" _v REGEX "^__version__")
 string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[0-9]+" TORCH_VERSION "${_v}")
