@@ -56,17 +56,23 @@ TEST(HyenaFirTensorBwdPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   EXPECT_FALSE(fir_tensor_bwd_plan(odd, DType::kBFloat16, kH100));
 }
 
+/// Strips of whole tiles that cover the sequence, none of them empty, and columns of `channels`.
+template <class Plan>
+void expect_cover(const Plan& plan, const Shape& s, int tile, int channels) {
+  EXPECT_EQ(plan.steps % tile, 0) << s;
+  EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
+  EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
+  EXPECT_GE(plan.columns * channels, s.D) << s;
+  EXPECT_LT((plan.columns - 1) * channels, s.D) << s;
+  EXPECT_LE(plan.strips, 65535) << s;
+}
+
 TEST(HyenaFirTensorBwdPlan, StripsCoverTimeAndFillTheMachine) {
   for (const Shape& s :
        {Shape{1, 2, 64, 4, 15}, Shape{2, 65, 80, 5, 128}, Shape{1, 2048, 4096, 256, 128},
         Shape{1, 131072, 4096, 256, 128}, Shape{8, 1024, 4096, 256, 128},
         Shape{300, 77, 256, 16, 30}, Shape{1, 1000003, 64, 4, 100}}) {
-    const FirTensorBwd plan = plan_of(s);
-    EXPECT_EQ(plan.steps % kernels::kFirTensorBwdTile, 0) << s;
-    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
-    EXPECT_GE(plan.columns * 64, s.D) << s;
-    EXPECT_LE(plan.strips, 65535) << s;
+    expect_cover(plan_of(s), s, kernels::kFirTensorBwdTile, 64);
   }
   EXPECT_EQ(plan_of({1, 2048, 4096, 256, 128}).strips, 4);
   EXPECT_EQ(plan_of({1, 131072, 4096, 256, 128}).strips, 4);
@@ -115,12 +121,7 @@ TEST(HyenaFirTensorLongBwdPlan, StripsCoverTimeAndFillTheMachine) {
   for (const Shape& s : {Shape{1, 2, 64, 4, 130}, Shape{2, 129, 80, 5, 256},
                          Shape{1, 2048, 4096, 256, 512}, Shape{1, 131072, 4096, 256, 1024},
                          Shape{300, 77, 256, 16, 200}, Shape{1, 1000003, 64, 4, 1000}}) {
-    const FirTensorLongBwd plan = long_plan_of(s);
-    EXPECT_EQ(plan.steps % kernels::kFirLongStride, 0) << s;
-    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
-    EXPECT_EQ(plan.columns * 16, s.D) << s;
-    EXPECT_LE(plan.strips, 65535) << s;
+    expect_cover(long_plan_of(s), s, kernels::kFirLongStride, 16);
   }
   EXPECT_EQ(long_plan_of({1, 2048, 4096, 256, 1024}).strips, 1);
   EXPECT_EQ(long_plan_of({1, 131072, 4096, 256, 1024}).strips, 1);
@@ -156,10 +157,7 @@ TEST(HyenaFirChannelBwdPlan, StripsCoverTime) {
        {Shape{1, 2, 64, 64, 15}, Shape{2, 129, 72, 3, 128}, Shape{1, 2048, 4096, 4096, 128},
         Shape{1, 131072, 4096, 512, 128}, Shape{300, 77, 256, 256, 30}}) {
     const FirChannelBwd plan = channel_plan_of(s);
-    EXPECT_EQ(plan.steps % kernels::kFirChannelTile, 0) << s;
-    EXPECT_GE(int64_t{plan.steps} * plan.strips, s.L) << s;
-    EXPECT_LT(int64_t{plan.steps} * (plan.strips - 1), s.L) << s;
-    EXPECT_GE(plan.columns * 8 * plan.slices, s.D) << s;
+    expect_cover(plan, s, kernels::kFirChannelTile, 8 * plan.slices);
     EXPECT_LE(plan.shared_bytes + 1024, kH100) << s;
     for (const int64_t shared : {kA100, kSmall}) {
       const FirChannelBwd other = channel_plan_of(s, shared);

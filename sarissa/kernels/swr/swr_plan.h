@@ -262,8 +262,7 @@ inline SwrSavedSizes swr_saved_sizes(int64_t batch, int64_t length, int64_t head
 }
 
 struct SwrMarch {
-  int columns =
-      0;  // of kSwrMarchBytes, of a CTA: 128 or 64; 0: the march does not take the problem
+  int columns = 0;  // of a CTA, kSwrMarchBytes each: 128 or 64; 0: there is no room for it
   int chunks_per_block;
   int slots;        // chunks in the ring of shared memory
   bool spare_slot;  // one more than needed, for what heads that share a kv head leave there
