@@ -41,7 +41,14 @@ def readable(names):
     text = subprocess.run(["c++filt"], input="\n".join(names), text=True, capture_output=True).stdout
     for name in text.splitlines():
         name = re.sub(r"\(anonymous namespace\)::|sarissa::kernels::|^void ", "", name)
-        yield re.sub(r"\(.*", "", name)
+        # The parameters begin at the first parenthesis outside <>; inside are casts of enumerators.
+        depth = 0
+        for end, c in enumerate(name):
+            depth += (c == "<") - (c == ">")
+            if c == "(" and depth == 0:
+                name = name[:end]
+                break
+        yield name
 
 
 def table(folder, file):
