@@ -143,7 +143,7 @@ struct ChannelRows {
 
 /// The featurizer of one third for a lane's two channels, in the order of the other kernels.
 struct TwoFeaturizer {
-  Two at[3];
+  FeaturizerTaps at;
 
   TwoFeaturizer() = default;
   __device__ TwoFeaturizer(const FirParams& p, int third, int d) {
@@ -159,13 +159,7 @@ struct TwoFeaturizer {
   /// c of step i, where z[0] is two steps before step 0.
   template <int kRows>
   __device__ Two apply(const uint32_t (&z)[kRows], int i) const {
-    const Two z0 = unpack_two(z[i + 2]), z1 = unpack_two(z[i + 1]), z2 = unpack_two(z[i]);
-    Two c;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      c.at[j] = three_taps(at[0].at[j], at[1].at[j], at[2].at[j], z0.at[j], z1.at[j], z2.at[j]);
-    }
-    return c;
+    return featurized(at, z, i);
   }
 };
 

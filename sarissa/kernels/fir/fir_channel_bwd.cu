@@ -308,15 +308,7 @@ struct Lane {
         const auto& z = third == kPost ? z_post : third == kPre ? z_pre : z_value;
         const auto& f = third == kPost ? post : third == kPre ? pre : value;
         if (i < kSegment && owned) {
-#pragma unroll
-          for (int tap = 0; tap < 3; ++tap) {
-            const Two z_tap = unpack_two(z[i + 2 - tap]);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              float& sum = sums.featurizer[third][tap].at[j];
-              sum = fmaf(dc[third][2].at[j], z_tap.at[j], sum);
-            }
-          }
+          add_d_featurizer(sums.featurizer[third], dc[third][2], z, i);
         }
         if (i >= 2) {
           float d[2];

@@ -107,6 +107,36 @@ __device__ inline int unit_offset(int row, int unit) {
   return (row * kUnits + (unit ^ (row / (8 / kUnits) % kUnits))) * 16;
 }
 
+/// The featurizer's taps of a lane's two neighbouring channels in one third.
+using FeaturizerTaps = Two[3];
+
+/// c of step i from z of the steps i - 2 on.
+template <int kRows>
+__device__ inline Two featurized(const FeaturizerTaps& f, const uint32_t (&z)[kRows], int i) {
+  const Two z0 = unpack_two(z[i + 2]), z1 = unpack_two(z[i + 1]), z2 = unpack_two(z[i]);
+  Two c;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    c.at[j] = three_taps(f[0].at[j], f[1].at[j], f[2].at[j], z0.at[j], z1.at[j], z2.at[j]);
+  }
+  return c;
+}
+
+/// Adds to the featurizer's gradient what step i gives, with z of the steps i - 2 on.
+template <int kRows>
+__device__ inline void add_d_featurizer(Two (&d_featurizer)[3], const Two& dc,
+                                        const uint32_t (&z)[kRows], int i) {
+#pragma unroll
+  for (int tap = 0; tap < 3; ++tap) {
+    const Two z_tap = unpack_two(z[i + 2 - tap]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float& sum = d_featurizer[tap].at[j];
+      sum = fmaf(dc.at[j], z_tap.at[j], sum);
+    }
+  }
+}
+
 /// The featurizer of one third for a lane's two channels: at[tap][0] of channel r, [1] of r + 8.
 /// It runs in single precision, with the parameters as they are, in the order of the other kernels.
 struct BlockFeaturizer {

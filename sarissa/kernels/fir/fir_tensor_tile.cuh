@@ -7,7 +7,7 @@
 
 #include "sarissa/kernels/common/tensor.cuh"
 #include "sarissa/kernels/common/vector.cuh"
-#include "sarissa/kernels/fir/fir_march.cuh"
+#include "sarissa/kernels/fir/fir_tensor.cuh"
 #include "sarissa/kernels/fir/fir_tensor_bwd_plan.h"
 
 namespace sarissa::kernels {
@@ -46,21 +46,6 @@ __device__ inline void store_block(uint32_t* to, const float (&sum)[2][4]) {
                             pack_pair(sum[1][0], sum[1][1]), pack_pair(sum[1][2], sum[1][3]));
 }
 
-/// The featurizer's taps of a lane's two channels in one third.
-using FeaturizerTaps = Two[3];
-
-/// c of step i from z of the steps i - 2 on.
-template <int kRows>
-__device__ inline Two featurized(const FeaturizerTaps& f, const uint32_t (&z)[kRows], int i) {
-  const Two z0 = unpack_two(z[i + 2]), z1 = unpack_two(z[i + 1]), z2 = unpack_two(z[i]);
-  Two c;
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    c.at[j] = fmaf(f[0].at[j], z0.at[j], fmaf(f[1].at[j], z1.at[j], f[2].at[j] * z2.at[j]));
-  }
-  return c;
-}
-
 /// dz of step i from dc of the steps i on.
 template <int kSteps>
 __device__ inline Two featurized_backward(const FeaturizerTaps& f, const Two (&dc)[kSteps], int i) {
@@ -71,28 +56,6 @@ __device__ inline Two featurized_backward(const FeaturizerTaps& f, const Two (&d
                     fmaf(f[1].at[j], dc[i + 1].at[j], f[2].at[j] * dc[i + 2].at[j]));
   }
   return dz;
-}
-
-/// Adds to the featurizer's gradient what step i gives, with z of the steps i - 2 on.
-template <int kRows>
-__device__ inline void add_d_featurizer(Two (&d_featurizer)[3], const Two& dc,
-                                        const uint32_t (&z)[kRows], int i) {
-#pragma unroll
-  for (int tap = 0; tap < 3; ++tap) {
-    const Two z_tap = unpack_two(z[i + 2 - tap]);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float& sum = d_featurizer[tap].at[j];
-      sum = fmaf(dc.at[j], z_tap.at[j], sum);
-    }
-  }
-}
-
-/// Stores two channels if `good`. One predicated instruction: around a plain `if` the compiler puts
-/// a branch.
-__device__ inline void store_word(void* p, uint32_t x, bool good) {
-  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(p), "r"(x),
-               "r"(int{good}));
 }
 
 /// The sum over a lane's channels in all segments of the tile.

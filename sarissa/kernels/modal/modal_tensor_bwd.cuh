@@ -87,13 +87,6 @@ struct Parameters {
   }
 };
 
-/// One predicated instruction: around a plain `if` the compiler may put a branch.
-__device__ inline void store_word(void* to, uint32_t word, bool good) {
-  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%0], %1;}" ::"l"(to),
-               "r"(word), "r"(int{good})
-               : "memory");
-}
-
 /// opaque() of an address: what is added to it is then not added to each of its parts.
 template <class T>
 __device__ inline void opaque(T*& at) {
