@@ -32,6 +32,24 @@ FirTensorBwd plan_of(const Shape& s, int64_t shared = kH100) {
   return fir_tensor_bwd_plan(plan_problem(s), DType::kBFloat16, shared);
 }
 
+/// What a plan refuses of a problem that it otherwise takes.
+template <class PlanOf>
+void expect_refuses_states(const PlanOf& plan_of, const Shape& s) {
+  EXPECT_TRUE(plan_of(plan_problem(s), DType::kBFloat16, kH100)) << s;
+  auto given = plan_problem(s), returned = plan_problem(s);
+  given.state = given.x;
+  EXPECT_FALSE(plan_of(given, DType::kBFloat16, kH100)) << s;
+  returned.d_state_out = returned.x;
+  EXPECT_FALSE(plan_of(returned, DType::kBFloat16, kH100)) << s;
+}
+template <class PlanOf>
+void expect_refuses_odd_rows(const PlanOf& plan_of, const Shape& s) {
+  auto odd = plan_problem(s);
+  EXPECT_TRUE(plan_of(odd, DType::kBFloat16, kH100)) << s;
+  odd.dy_stride_l += 4;
+  EXPECT_FALSE(plan_of(odd, DType::kBFloat16, kH100)) << s;
+}
+
 TEST(HyenaFirTensorBwdPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   EXPECT_STREQ(plan_of({2, 99, 4096, 256, 15}).name, "tensor_w33");
   EXPECT_STREQ(plan_of({2, 99, 4096, 256, 33}).name, "tensor_w33");
@@ -51,9 +69,7 @@ TEST(HyenaFirTensorBwdPlan, TakesManyTapsInGroupsOfSixteenChannels) {
   auto carried = plan_problem({2, 99, 64, 4, 129});
   carried.d_state_out = carried.x;
   EXPECT_TRUE(fir_tensor_bwd_plan(carried, DType::kBFloat16, kH100));
-  auto odd = plan_problem({2, 99, 64, 4, 128});
-  odd.dy_stride_l += 4;
-  EXPECT_FALSE(fir_tensor_bwd_plan(odd, DType::kBFloat16, kH100));
+  expect_refuses_odd_rows(kernels::fir_tensor_bwd_plan, {2, 99, 64, 4, 128});
 }
 
 /// Strips of whole tiles that cover the sequence, none of them empty, and columns of `channels`.
@@ -97,12 +113,8 @@ TEST(HyenaFirTensorLongBwdPlan, TakesMoreTapsWithoutStates) {
   EXPECT_FALSE(long_plan_of({2, 1, 4096, 256, 256}));
   EXPECT_FALSE(long_plan_of({2, 99, 64, 8, 256}));
   EXPECT_FALSE(fir_tensor_long_bwd_plan(plan_problem({2, 99, 64, 4, 256}), DType::kFloat32, kH100));
-  auto odd = plan_problem({2, 99, 64, 4, 256});
-  odd.d_state_out = odd.x;
-  EXPECT_FALSE(fir_tensor_long_bwd_plan(odd, DType::kBFloat16, kH100));
-  odd = plan_problem({2, 99, 64, 4, 256});
-  odd.dy_stride_l += 4;
-  EXPECT_FALSE(fir_tensor_long_bwd_plan(odd, DType::kBFloat16, kH100));
+  expect_refuses_states(kernels::fir_tensor_long_bwd_plan, {2, 99, 64, 4, 256});
+  expect_refuses_odd_rows(kernels::fir_tensor_long_bwd_plan, {2, 99, 64, 4, 256});
 }
 
 TEST(HyenaFirTensorLongBwdPlan, HistoryHoldsTheTapsAndTwoBlocksShareAMultiprocessor) {
@@ -143,12 +155,8 @@ TEST(HyenaFirChannelBwdPlan, TakesOtherGroupsUpTo128TapsWithoutStates) {
   EXPECT_FALSE(channel_plan_of({2, 99, 64, 64, 14}));
   EXPECT_FALSE(channel_plan_of({2, 99, 64, 64, 129}));
   EXPECT_FALSE(channel_plan_of({2, 1, 64, 64, 128}));
-  auto odd = plan_problem({2, 99, 64, 64, 128});
-  odd.state = odd.x;
-  EXPECT_FALSE(fir_channel_bwd_plan(odd, DType::kBFloat16, kH100));
-  odd = plan_problem({2, 99, 64, 64, 128});
-  odd.dy_stride_l += 4;
-  EXPECT_FALSE(fir_channel_bwd_plan(odd, DType::kBFloat16, kH100));
+  expect_refuses_states(kernels::fir_channel_bwd_plan, {2, 99, 64, 64, 128});
+  expect_refuses_odd_rows(kernels::fir_channel_bwd_plan, {2, 99, 64, 64, 128});
 }
 
 /// Strips, and with them the bits of the gradients, are the same on any GPU.

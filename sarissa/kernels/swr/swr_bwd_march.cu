@@ -605,17 +605,13 @@ Status launch(const SwrBwdParams& params, SwrMarch plan, cudaStream_t stream) {
 }
 
 template <class T, int kLanes, bool kSaved>
-SwrMarch plan_of(const SwrInputs& in) {
-  return swr_march_plan(in.batch, in.length, in.heads, in.kv_heads, in.width, in.window, sizeof(T),
-                        kSlotBytesPerColumn<T, kLanes, kSaved>, multiprocessors(),
-                        most_shared_memory());
-}
-
-template <class T, int kLanes, bool kSaved>
 Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
   constexpr bool kDefaultWidth = kLanes * (kSwrMarchBytes / sizeof(T)) == 16;
-  const SwrMarch plan = plan_of<T, kLanes, kSaved>(params.in);
-  const int64_t group = params.in.heads / params.in.kv_heads;
+  const SwrInputs& in = params.in;
+  const SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads, in.kv_heads, in.width,
+                                       in.window, sizeof(T), kSlotBytesPerColumn<T, kLanes, kSaved>,
+                                       multiprocessors(), most_shared_memory());
+  const int64_t group = in.heads / in.kv_heads;
   if (plan.columns == 64) {
     if constexpr (kDefaultWidth) {
       if (group == 2) return launch<T, kLanes, kSaved, 2, 0, 64>(params, plan, stream);
@@ -625,7 +621,7 @@ Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
   const auto with_group = [&]<int kGroup>() -> Status {
     if constexpr (kDefaultWidth && sizeof(T) == 2) {
       if (packed<T>(params)) {
-        switch (params.in.heads * params.in.width) {
+        switch (in.heads * in.width) {
           case 1024:
             return launch<T, kLanes, kSaved, kGroup, 1024, 128>(params, plan, stream);
           case 2048:
@@ -660,8 +656,10 @@ bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype) {
   }
   bool fits = false;  // in shared memory
   swr_with_lanes(in, dtype, [&]<class T, int kLanes>() -> Status {
-    fits = swr_saves(in.window) ? bool(plan_of<T, kLanes, true>(in))
-                                : bool(plan_of<T, kLanes, false>(in));
+    const int64_t slot_bytes = swr_saves(in.window) ? kSlotBytesPerColumn<T, kLanes, true>
+                                                    : kSlotBytesPerColumn<T, kLanes, false>;
+    fits = swr_march_columns(swr_march_all_columns(in.heads * in.width, sizeof(T)), group,
+                             in.window, slot_bytes, most_shared_memory()) > 0;
     return {};
   });
   return fits;

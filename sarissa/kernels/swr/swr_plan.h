@@ -274,25 +274,40 @@ struct SwrMarch {
   explicit operator bool() const { return columns > 0; }
 };
 
-/// Strips as in the forward's ring: a multiprocessor takes one CTA at a time. A chunk takes
-/// `slot_bytes` of shared memory for each column, of which a CTA can have `shared`. 64 columns
-/// where 128 do not fit, or would be half empty; heads that share a kv head lie in neighbouring
-/// warps.
+/// Columns of kSwrMarchBytes that hold all channels.
+inline int64_t swr_march_all_columns(int64_t channels, int64_t bytes_per_element) {
+  return (channels * bytes_per_element - 1) / kSwrMarchBytes + 1;
+}
+
+/// Chunks that the ring must hold: the one being made ready and those before it that are still
+/// needed, the one that is walked, and when folding the rest of its block and the one to its left.
+inline int swr_march_slots(int64_t window) {
+  return static_cast<int>(swr_saves(window) ? 2 : 2 * swr_chunks_per_block(window) + 1) +
+         kSwrMarchAhead;
+}
+
+/// Columns of a CTA for `columns` in all, or 0 (SwrMarch). A chunk takes `slot_bytes` of shared
+/// memory for each column, of which a CTA can have `shared`. 64 columns where 128 do not fit, or
+/// would be half empty; `group` heads that share a kv head lie in neighbouring warps.
+inline int swr_march_columns(int64_t columns, int64_t group, int64_t window, int64_t slot_bytes,
+                             int64_t shared) {
+  const auto fits = [&](int64_t n) {
+    return swr_march_slots(window) * n * slot_bytes <= shared && n / 32 % group == 0;
+  };
+  return fits(128) && (columns > 64 || !fits(64)) ? 128 : fits(64) ? 64 : 0;
+}
+
+/// Strips as in the forward's ring: a multiprocessor takes one CTA at a time. `slot_bytes` and
+/// `shared` as in swr_march_columns.
 inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,
                                int64_t width, int64_t window, int64_t bytes_per_element,
                                int64_t slot_bytes, int multiprocessors, int64_t shared) {
   SwrMarch plan{};
-  plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
-  // The one being made ready and those before it that are still needed: the one that is walked, and
-  // when folding the rest of its block and the one to its left.
-  plan.slots = (swr_saves(window) ? 2 : 2 * plan.chunks_per_block + 1) + kSwrMarchAhead;
-  const int64_t channels = heads * width,
-                columns = (channels * bytes_per_element - 1) / kSwrMarchBytes + 1;
-  const auto fits = [&](int64_t n) {
-    return plan.slots * n * slot_bytes <= shared && n / 32 % (heads / kv_heads) == 0;
-  };
-  plan.columns = fits(128) && (columns > 64 || !fits(64)) ? 128 : fits(64) ? 64 : 0;
+  const int64_t columns = swr_march_all_columns(heads * width, bytes_per_element);
+  plan.columns = swr_march_columns(columns, heads / kv_heads, window, slot_bytes, shared);
   if (!plan) return plan;
+  plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
+  plan.slots = swr_march_slots(window);
   plan.spare_slot = kv_heads < heads && (plan.slots + 1) * plan.columns * slot_bytes <= shared;
   plan.slots += plan.spare_slot ? 1 : 0;
   plan.ctas = (columns - 1) / plan.columns + 1;
