@@ -1,6 +1,8 @@
 // Backward of the FIR family for any shape. Sums over time are partial per chunk and added up in
 // order: no atomics, the same bits every run. Few gated taps go to the march, many in bfloat16 to
 // the tensor cores.
+#include <variant>
+
 #include "sarissa/kernels/fir/fir_channel_bwd.cuh"
 #include "sarissa/kernels/fir/fir_cuda.cuh"
 #include "sarissa/kernels/fir/fir_march.cuh"
@@ -202,51 +204,67 @@ Status run(const FirBwdParams& params, cudaStream_t stream) {
   return {status.error, "stages"};
 }
 
+/// How the first kernel that takes a problem takes it; none of them: the stages.
+using FirBwdPlan =
+    std::variant<std::monostate, FirMarch, FirTensorBwd, FirTensorLongBwd, FirChannelBwd>;
+
+FirBwdPlan plan_of(const FirBwdParams& params, DType dtype) {
+  if (const FirMarch plan = fir_march_bwd_plan(params, dtype)) return plan;
+  if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) return plan;
+  if (const FirTensorLongBwd plan = fir_tensor_long_bwd_plan(params, dtype, shared_memory())) {
+    return plan;
+  }
+  if (const FirChannelBwd plan = fir_channel_bwd_plan(params, dtype, shared_memory())) return plan;
+  return std::monostate();
+}
+
+/// One function for each plan, to visit a FirBwdPlan with.
+template <class... F>
+struct ForEach : F... {
+  using F::operator()...;
+};
+template <class... F>
+ForEach(F...) -> ForEach<F...>;
+
 }  // namespace
 
 bool fir_bwd_is_native_cuda(const FirBwdParams& params, DType dtype) {
-  return fir_march_takes(params, dtype) || fir_tensor_bwd_plan(params, dtype, shared_memory()) ||
-         fir_tensor_long_bwd_plan(params, dtype, shared_memory()) ||
-         fir_channel_bwd_plan(params, dtype, shared_memory());
+  return !std::holds_alternative<std::monostate>(plan_of(params, dtype));
 }
 
 FirWorkspace fir_bwd_workspace_cuda(const FirBwdParams& params, DType dtype) {
-  if (const auto plan = fir_march_bwd_plan(params, dtype)) return fir_march_workspace(params, plan);
-  if (const auto plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
-    return fir_tensor_bwd_workspace(params, plan);
-  }
-  if (const auto plan = fir_tensor_long_bwd_plan(params, dtype, shared_memory())) {
-    return fir_tensor_long_bwd_workspace(params, plan);
-  }
-  if (const auto plan = fir_channel_bwd_plan(params, dtype, shared_memory())) {
-    return fir_channel_bwd_workspace(params, plan);
-  }
-  return fir_workspace_cuda(params);
+  return std::visit(
+      ForEach{
+          [&](std::monostate) { return fir_workspace_cuda(params); },
+          [&](const FirMarch& plan) { return fir_march_workspace(params, plan); },
+          [&](const FirTensorBwd& plan) { return fir_tensor_bwd_workspace(params, plan); },
+          [&](const FirTensorLongBwd& plan) { return fir_tensor_long_bwd_workspace(params, plan); },
+          [&](const FirChannelBwd& plan) { return fir_channel_bwd_workspace(params, plan); },
+      },
+      plan_of(params, dtype));
 }
 
 Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (const FirMarch plan = fir_march_bwd_plan(params, dtype)) {
-    return fir_march_bwd(params, plan, dtype, s);
-  }
-  if (const FirTensorBwd plan = fir_tensor_bwd_plan(params, dtype, shared_memory())) {
-    return fir_tensor_bwd(params, plan, s);
-  }
-  if (const FirTensorLongBwd plan = fir_tensor_long_bwd_plan(params, dtype, shared_memory())) {
-    return fir_tensor_long_bwd(params, plan, s);
-  }
-  if (const FirChannelBwd plan = fir_channel_bwd_plan(params, dtype, shared_memory())) {
-    return fir_channel_bwd(params, plan, s);
-  }
-  switch (dtype) {
-    case DType::kFloat64:
-      return run<double>(params, s);
-    case DType::kFloat32:
-      return run<float>(params, s);
-    case DType::kBFloat16:
-      return run<__nv_bfloat16>(params, s);
-  }
-  return {"unknown element type"};
+  return std::visit(
+      ForEach{
+          [&](std::monostate) {
+            switch (dtype) {
+              case DType::kFloat64:
+                return run<double>(params, s);
+              case DType::kFloat32:
+                return run<float>(params, s);
+              case DType::kBFloat16:
+                return run<__nv_bfloat16>(params, s);
+            }
+            return Status{"unknown element type"};
+          },
+          [&](const FirMarch& plan) { return fir_march_bwd(params, plan, dtype, s); },
+          [&](const FirTensorBwd& plan) { return fir_tensor_bwd(params, plan, s); },
+          [&](const FirTensorLongBwd& plan) { return fir_tensor_long_bwd(params, plan, s); },
+          [&](const FirChannelBwd& plan) { return fir_channel_bwd(params, plan, s); },
+      },
+      plan_of(params, dtype));
 }
 
 }  // namespace sarissa::kernels
