@@ -66,6 +66,35 @@ __device__ inline void prefetch(const void* p, bool good = true) {
                "r"(int{good}));
 }
 
+/// prefetch() of rows [begin, end) of `elements` elements, `stride` elements apart, row 0 at
+/// `rows`: by a warp, whose lanes take a line of 128 bytes each.
+template <class T>
+__device__ inline void prefetch_rows(const T* rows, int64_t stride, int64_t begin, int64_t end,
+                                     int elements) {
+  constexpr int kLine = 128 / static_cast<int>(sizeof(T));
+  const int lines = ceil_div(elements, kLine);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < static_cast<int>(end - begin) * lines;
+       i += 32) {
+    prefetch(rows + (begin + i / lines) * stride + i % lines * kLine);
+  }
+}
+
+/// Sets `count` units of 16 bytes to zero by a kernel. With a memset before it a kernel could not
+/// be launched early.
+constexpr int kClearThreads = 256;
+template <class Unit>
+__global__ void __launch_bounds__(kClearThreads) clear_kernel(Unit* units, int64_t count) {
+  wait_for_earlier_kernels();
+  const int64_t i = int64_t{blockIdx.x} * kClearThreads + threadIdx.x;
+  if (i < count) units[i] = {};
+}
+inline void clear_early(void* units, int64_t count, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(ceil_div<int64_t>(count, kClearThreads));
+  launch_early(clear_kernel<uint4>, dim3(blocks), kClearThreads, 0, stream,
+               static_cast<uint4*>(units), count);
+}
+
 /// Lets a kernel have `bytes` of dynamic shared memory. The limit is only ever raised: another
 /// thread may be about to launch the same kernel with more.
 template <class Kernel>

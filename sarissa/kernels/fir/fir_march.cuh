@@ -58,6 +58,14 @@ struct FirCopies {
     channel = strip.warp_d + lane % kUnits * kElements;
     at = strip.warp_column * V + lane % kUnits * kElements;
   }
+  /// Asks L2 for the warp's channels of steps [begin, end) of a stream, while the kernels before
+  /// this one end.
+  __device__ static void prefetch(const FirParams& p, const FirStrip& strip, const T* stream,
+                                  int64_t stride, int begin, int end) {
+    prefetch_rows(stream + strip.warp_d, stride, max(begin, 0),
+                  min(end, static_cast<int>(p.length)),
+                  min(32 * V, static_cast<int>(p.width) - strip.warp_d));
+  }
   /// Copies the lane's part of one stream of rows i + row.
   __device__ void copy(Row* slot, int i, int stream, const T* from, bool good) const {
     auto* to = reinterpret_cast<T*>(slot[i + row][stream]);

@@ -228,6 +228,16 @@ __global__ void __launch_bounds__(kFirMarchThreads, 1)
   const FirStrip strip(p, plan);
   if (strip.warp_d >= p.width) return;
   const Copies copies(strip);
+  const T* z = static_cast<const T*>(p.x) + strip.b * p.x_stride_b;
+  const T* dy = static_cast<const T*>(p.dy) + strip.b * p.dy_stride_b;
+  {
+    const int end = strip.begin + Traits::kAhead * kGroup;
+#pragma unroll
+    for (int third = 0; third < 3; ++third) {
+      Copies::prefetch(p, strip, z + third * p.width, p.x_stride_l, strip.begin - (W + 1), end);
+    }
+    Copies::prefetch(p, strip, dy, p.dy_stride_l, strip.begin, end);
+  }
   wait_for_earlier_kernels();
 
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -238,10 +248,8 @@ __global__ void __launch_bounds__(kFirMarchThreads, 1)
   const int beyond = min(static_cast<int>(p.length) - strip.begin - strip.steps, kTail);
   const int end = copies.channel < p.width ? strip.steps + beyond - copies.row : 0;
   const int end_late = end - max(beyond - 2, 0);
-  const T* z = static_cast<const T*>(p.x) + strip.b * p.x_stride_b +
-               (strip.begin + copies.row) * p.x_stride_l + copies.channel;
-  const T* dy = static_cast<const T*>(p.dy) + strip.b * p.dy_stride_b +
-                (strip.begin + copies.row) * p.dy_stride_l + copies.channel;
+  z += (strip.begin + copies.row) * p.x_stride_l + copies.channel;
+  dy += (strip.begin + copies.row) * p.dy_stride_l + copies.channel;
   const auto copy_group = [&](int first) {
     auto* row = shared.rows + first / kGroup % Traits::kSlots * kGroup;
     auto* late_row = shared.late_rows + first / kGroup % Traits::kLateSlots * kGroup;

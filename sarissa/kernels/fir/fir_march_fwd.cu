@@ -8,7 +8,7 @@ namespace {
 template <class T, int V, int kUnit, int W>
 struct FirMarchFwd {
   static constexpr int kGroup = 32 * V * sizeof(T) == 64 ? 8 : 4;  // rows between waits for copies
-  static constexpr int kAhead = 3;                                 // groups on their way
+  static constexpr int kAhead = 4;                                 // groups on their way
   static constexpr int kSlots = kAhead + 1;
   using Copies = FirCopies<T, V, kUnit, 3, kGroup>;
   static constexpr int kSharedBytes = kSlots * kGroup * sizeof(typename Copies::Row);
@@ -57,9 +57,15 @@ __global__ void __launch_bounds__(kFirMarchThreads, 1)
   extern __shared__ __align__(16) unsigned char shared[];
   auto* ring = reinterpret_cast<typename Copies::Row*>(shared);
   const Copies copies(strip);
+  const T* const z = static_cast<const T*>(p.x) + strip.b * p.x_stride_b;
+#pragma unroll
+  for (int third = 0; third < 3; ++third) {
+    const int first = strip.begin - warm;
+    Copies::prefetch(p, strip, z + third * p.width, p.x_stride_l, first,
+                     first + Traits::kAhead * kGroup);
+  }
   wait_for_earlier_kernels();
-  const T* next = static_cast<const T*>(p.x) + strip.b * p.x_stride_b +
-                  (strip.begin - warm + copies.row) * p.x_stride_l + copies.channel;
+  const T* next = z + (strip.begin - warm + copies.row) * p.x_stride_l + copies.channel;
   // Rows of the strip, numbered from its begin, that this lane copies: of post two before it.
   const int end = copies.channel < p.width ? strip.steps - copies.row : -Traits::kWarm - 32;
   const int post_begin = -2 - copies.row;

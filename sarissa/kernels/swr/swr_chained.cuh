@@ -34,7 +34,8 @@ struct alignas(16) ChainMessage {
   float product;   // of the tile's coefficients
   uint32_t kind;
 };
-static_assert(sizeof(ChainMessage) == kSwrMessage * sizeof(float));
+static_assert(sizeof(ChainMessage) == kSwrMessage * sizeof(float) &&
+              sizeof(ChainMessage) == sizeof(uint4));
 
 __device__ inline ChainMessage peek(const ChainMessage* from) {
   union {
@@ -121,9 +122,7 @@ struct Chain {
 
   int64_t ctas() const { return int64_t{tiles} * batch * columns; }
   /// Takes back the ticket and all messages.
-  cudaError_t clear(cudaStream_t stream) const {
-    return cudaMemsetAsync(ticket, 0, (1 + ctas() * 32) * sizeof(ChainMessage), stream);
-  }
+  void clear(cudaStream_t stream) const { clear_early(ticket, 1 + ctas() * 32, stream); }
   /// Messages between the tiles of a column.
   __device__ int64_t stride() const { return int64_t{batch} * columns * 32; }
 };
@@ -208,10 +207,9 @@ Status chain_launch(Kernel kernel, const Params& params, const Chain& chain, siz
                     cudaStream_t stream) {
   const Status allowed = allow_shared_memory(kernel, shared_bytes);
   if (!allowed.ok()) return allowed;
-  const cudaError_t e = chain.clear(stream);
-  if (e != cudaSuccess) return {cudaGetErrorString(e)};
-  kernel<<<static_cast<unsigned>(chain.ctas()), kChainThreads, shared_bytes, stream>>>(params,
-                                                                                       chain);
+  chain.clear(stream);
+  launch_early(kernel, dim3(static_cast<unsigned>(chain.ctas())), kChainThreads, shared_bytes,
+               stream, params, chain);
   return launch_status("chained");
 }
 

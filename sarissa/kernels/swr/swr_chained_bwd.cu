@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kChainThreads, kCtas)
   auto& shared = *reinterpret_cast<BwdShared<T, kLanes>*>(shared_bytes);
   const SwrInputs& in = params.in;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  wait_for_earlier_kernels();
   const ChainTile tile(chain, shared.ticket);
   const int time_tile = chain.tiles - 1 - tile.n;
   const int64_t t0 = time_tile * kSwrTile + warp * kChunk;

@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kChainThreads, kCtas)
   auto& shared = *reinterpret_cast<FwdShared<T, kLanes>*>(shared_bytes);
   const SwrInputs& in = params.in;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  wait_for_earlier_kernels();
   const ChainTile tile(chain, shared.ticket);
   const int64_t t0 = tile.n * kSwrTile + warp * kChunk;
   const ChainLane<T, kLanes> at(in, tile.column, t0);

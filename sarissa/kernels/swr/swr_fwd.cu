@@ -99,6 +99,19 @@ class SharedRows {
 #pragma unroll
     for (int i = 0; i < kSwrRingAhead; ++i) copy_group();
   }
+  /// Asks L2 for about as many of the warp's rows as the first copies are of, while the kernels
+  /// before this one end. h: the head of this lane; the warp's channels are whole heads.
+  __device__ static void prefetch_first(const SwrInputs& in, int64_t row, int64_t h,
+                                        const Steps& steps) {
+    const SwrChannel<T, true> at(in, row, h - lane() * V / static_cast<int>(in.width), 0);
+    const auto rows = [&](const T* from, int64_t stride, int64_t begin, int elements) {
+      prefetch_rows(from, stride, begin, min(begin + kSwrRingAhead * kGroup, steps.stop), elements);
+    };
+    rows(at.u, at.u_step, steps.warm, 32 * V);
+    rows(at.b, at.gate_step, steps.warm, 32 * V);
+    rows(at.c, at.gate_step, steps.begin, 32 * V);
+    rows(at.a, at.a_step, steps.warm, 1);
+  }
   /// Waits for the next kGroup rows and starts copies of later ones.
   __device__ void begin_group() {
     copies_wait<kSwrRingAhead - 1>();
@@ -176,6 +189,11 @@ __global__ void __launch_bounds__(kSwrThreads)
   const int64_t row = i / lanes / strips;
   const int64_t h = channel / in.width, p = channel % in.width;
 
+  if constexpr (std::is_same_v<Rows, SharedRows<T, V>>) {
+    // The strip as it is without a state: that may not be read before the wait.
+    const int64_t begin = min(strip * strip_blocks * in.window, in.length);
+    Rows::prefetch_first(in, row, h, {max(begin - in.window, int64_t{0}), begin, in.length});
+  }
   wait_for_earlier_kernels();
   const SwrGrid grid = swr_grid(in, row);
   const int64_t blocks = grid.blocks();

@@ -189,7 +189,7 @@ inline SwrStrips swr_fwd_strips(int64_t batch, int64_t length, int64_t window, i
 }
 
 /// Groups of 4 rows that the ring of the marching forward has on their way.
-constexpr int kSwrRingAhead = 3;
+constexpr int kSwrRingAhead = 4;
 
 /// Strips of the marches with a ring. A multiprocessor takes one CTA of 128 threads at a time: more
 /// rows on their way than those of one are slower. So the march lasts as long as the strips that a
