@@ -30,23 +30,38 @@ inline Status launch_status(const char* kernel = nullptr) {
 /// Launches a kernel that may start while the one before it in the stream ends, on GPUs that can
 /// (programmatic dependent launch): what a kernel spends before its first instruction is then
 /// hidden. The kernel must call wait_for_earlier_kernels() before it reads or writes global memory.
+/// Every `cluster` CTAs that are neighbours along x form a cluster.
 template <class... Params, class... Args>
-void launch_early(void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
-                  cudaStream_t stream, const Args&... args) {
+void launch_early_in_clusters(int cluster, void (*kernel)(Params...), dim3 grid, int threads,
+                              size_t shared, cudaStream_t stream, const Args&... args) {
   int device = 0, major = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (major >= 9) {
+    cudaLaunchAttribute& early = attributes[count++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& dimension = attributes[count++];
+    dimension.id = cudaLaunchAttributeClusterDimension;
+    dimension.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   cudaLaunchKernelEx(&config, kernel, args...);
+}
+template <class... Params, class... Args>
+void launch_early(void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
+                  cudaStream_t stream, const Args&... args) {
+  launch_early_in_clusters(1, kernel, grid, threads, shared, stream, args...);
 }
 
 /// Waits until everything that was in the stream before this kernel is done; see launch_early. From
