@@ -601,10 +601,13 @@ TEST(HyenaModalPlan, TensorCoresTakeAlignedColumnsOfBfloat16) {
   in.batch = 2, in.length = 5000, in.width = 4096, in.groups = 4096, in.modes = 16;
   in.featurizer = in.u = reinterpret_cast<const void*>(uintptr_t{1} << 20);
   in.u_batch_stride = 3 * 4096 * 5000, in.u_time_stride = 3 * 4096;
+  const auto clusters_at_once = [](int ranks) { return 132 / 16 * (16 / ranks); };
   const auto plan = [&](int multiprocessors = 132) {
-    return kernels::modal_tensor_fwd_plan(in, kernels::DType::kBFloat16, multiprocessors);
+    return kernels::modal_tensor_fwd_plan(in, kernels::DType::kBFloat16, multiprocessors,
+                                          clusters_at_once);
   };
   EXPECT_EQ(plan().columns, 128);
+  EXPECT_FALSE(plan().narrow);
   EXPECT_EQ(plan().ranks, 1);
   // A CTA takes as many batch entries as keep all multiprocessors busy.
   EXPECT_EQ(plan().entries, 2);
@@ -612,7 +615,7 @@ TEST(HyenaModalPlan, TensorCoresTakeAlignedColumnsOfBfloat16) {
   in.length = 512;  // two tiles: too short for the pipeline
   EXPECT_EQ(plan().entries, 1);
   in.length = 5000;
-  EXPECT_FALSE(kernels::modal_tensor_fwd_plan(in, kernels::DType::kFloat32, 132));
+  EXPECT_FALSE(kernels::modal_tensor_fwd_plan(in, kernels::DType::kFloat32, 132, clusters_at_once));
   const auto refused = [&](auto&& change) {
     const kernels::ModalInputs before = in;
     change();
@@ -625,17 +628,33 @@ TEST(HyenaModalPlan, TensorCoresTakeAlignedColumnsOfBfloat16) {
   EXPECT_TRUE(refused([&] { in.length = 1; }));
   EXPECT_TRUE(refused([&] { in.u_time_stride += 4; }));
   EXPECT_TRUE(refused([&] { in.featurizer = nullptr; }));
-  // Few channels: as many CTAs for a column as there is room and there are tiles.
-  in.batch = 1, in.width = 1024;
+  // Few channels: narrow columns, and as many ranks as there is room and there are tiles.
+  in.batch = 1, in.width = 2048;
+  EXPECT_TRUE(plan().narrow);
+  EXPECT_EQ(plan().columns, 128);
+  EXPECT_EQ(plan().ranks, 1);
+  EXPECT_FALSE(plan(127).narrow);
+  in.width = 1024;
+  EXPECT_EQ(plan().ranks, 2);
+  EXPECT_EQ(plan(127).ranks, 1);
+  EXPECT_FALSE(plan(20).narrow);
+  in.width = 512;
   EXPECT_EQ(plan().ranks, 4);
-  EXPECT_EQ(plan(108).ranks, 3);
-  EXPECT_EQ(plan(20).ranks, 1);
-  in.length = 700;
+  in.batch = 2;
+  EXPECT_EQ(plan().ranks, 2);
+  EXPECT_EQ(plan().entries, 1);
+  in.batch = 1, in.length = 1500;
   EXPECT_EQ(plan().ranks, 3);
-  in.length = 256;
+  in.length = 512;
   EXPECT_EQ(plan().ranks, 1);
   in.length = 1 << 20, in.width = 32;
   EXPECT_EQ(plan().ranks, kernels::kModalTensorMostRanks);
+  // A GPU with room for fewer clusters, or none.
+  const auto ranks = [&](auto&& clusters) {
+    return kernels::modal_tensor_fwd_plan(in, kernels::DType::kBFloat16, 132, clusters).ranks;
+  };
+  EXPECT_EQ(ranks([](int ranks) { return ranks <= 5 ? 2 : 1; }), 5);
+  EXPECT_EQ(ranks([](int) { return 0; }), 1);
 }
 
 TEST(HyenaModalPlan, BatchEntriesFollowOneAnotherWhereThatSavesTime) {
@@ -986,15 +1005,16 @@ std::optional<HyenaState> start_of(const Problem& p) {
                     p.inner_state.to(at::kCUDA, at::kFloat)};
 }
 
-// A column of 32 channels by one CTA for more than 66 of them, by several for fewer.
+// Wide columns for more than 132 narrow ones, one or more ranks for fewer.
 const Shape kTensorShapes[] = {
     {2, 700, 64, 8, 16},                //
     {1, 1031, 96, 96, 5, false, true},  // fewer modes
     {1, 255, 32, 1, 16, true, false},   // less than a tile
     {3, 17, 64, 64, 1},                 // a step more than a block
     {1, 2, 32, 32, 16},                 //
-    {2, 1025, 2176, 2176, 16},          // one CTA for a column
-    {1, 6000, 256, 16, 16},             //
+    {2, 1025, 2176, 2176, 16},          // wide columns
+    {1, 1100, 2048, 64, 16},            // one rank
+    {1, 6000, 256, 16, 16},             // eight
 };
 
 TEST(HyenaModal, CudaTensorForwardMatchesDouble) {
@@ -1072,7 +1092,8 @@ TEST(HyenaModal, CudaTensorKeepsWhatCancellingModesLeave) {
 
 TEST(HyenaModal, CudaTensorSplitsLeaveTheStateOfTheWhole) {
   SKIP_WITHOUT_CUDA();
-  for (const Shape& shape : {Shape{2, 1100, 64, 8, 16}, Shape{1, 530, 2176, 2176, 16}}) {
+  for (const Shape& shape : {Shape{2, 1100, 64, 8, 16}, Shape{1, 530, 2176, 2176, 16},
+                             Shape{1, 530, 1568, 49, 16}, Shape{1, 9000, 32, 32, 16}}) {
     const Problem p(shape);
     const auto whole = run_tensor(p, 0, shape.length, start_of(p));
     for (const int64_t cut : {1L, 2L, 15L, 16L, 129L, 256L, 300L, shape.length - 1}) {

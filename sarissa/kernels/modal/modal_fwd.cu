@@ -101,7 +101,8 @@ Status launch(const ModalFwdParams& p, cudaStream_t stream) {
 
 /// The plan of the tensor core kernel, where it takes the problem and this GPU can run it.
 ModalTensorFwd tensor_plan(const ModalInputs& in, DType dtype) {
-  const ModalTensorFwd plan = modal_tensor_fwd_plan(in, dtype, multiprocessors());
+  const ModalTensorFwd plan =
+      modal_tensor_fwd_plan(in, dtype, multiprocessors(), modal_tensor_fwd_clusters);
   return plan && modal_tensor_fwd_runs(plan) ? plan : ModalTensorFwd{};
 }
 
@@ -112,10 +113,7 @@ bool modal_fwd_is_native_cuda(const ModalInputs& in, DType dtype) {
 }
 
 int64_t modal_fwd_workspace_cuda(const ModalInputs& in, DType dtype) {
-  if (modal_step_takes(in, dtype)) return 0;
-  if (const ModalTensorFwd plan = tensor_plan(in, dtype)) {
-    return modal_tensor_fwd_workspace(in, plan);
-  }
+  if (modal_step_takes(in, dtype) || tensor_plan(in, dtype)) return 0;
   const int64_t states = in.batch * in.modes * in.width;
   return dtype == DType::kFloat64
              ? modal_tables_bytes<double>(in) + states * int64_t{sizeof(double)}

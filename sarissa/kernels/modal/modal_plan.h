@@ -61,26 +61,30 @@ inline int64_t modal_entries(int64_t batch, int64_t tiles, int64_t columns, int6
 }
 
 /// How the tensor core forward takes a problem: `columns` of channels side by side, and for each of
-/// them a CTA for every `entries` batch entries, or for one entry `ranks` CTAs that take its tiles
-/// of time in turn.
+/// them a CTA for every `entries` batch entries, or for one entry `ranks` CTAs, a cluster, that
+/// take its tiles of time in turn.
 struct ModalTensorFwd {
-  int columns = 0;  // 0: it does not take the problem
+  int columns = 0;      // 0: it does not take the problem
+  bool narrow = false;  // columns of kModalTensorNarrow channels in tiles twice as long
   int entries = 1;
-  int ranks = 1;
+  int ranks = 1;  // several: narrow columns and one batch entry
 
   explicit operator bool() const { return columns > 0; }
 };
 constexpr int kModalTensorTile = 256;
-constexpr int kModalTensorMostRanks = 16;
+constexpr int kModalTensorNarrow = kModalTensorChannels / 2;
+constexpr int kModalTensorMostRanks = 8;  // the largest cluster that all GPUs with clusters have
 
 /// Rows of z are copied in units of 16 bytes. One step is left to the kernels for steps.
 ///
-/// As many ranks as fit beside each other, a multiprocessor each. Outputs do not depend on their
-/// number where it is not 1, and the first tile not even there: so appended tokens do not change
-/// the outputs before them. Nor do they depend on entries; the kernel looks up to 3 tiles ahead, so
-/// that entries that follow one another must have as many.
-inline ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype,
-                                            int multiprocessors) {
+/// Columns are narrow where all of them run beside each other, a multiprocessor each: B and D
+/// decide that, so appended tokens do not change the outputs before them. Then as many ranks as run
+/// at once; `clusters_at_once(ranks)` says how many clusters of so many CTAs the GPU has room for.
+/// Outputs do not depend on the number of ranks. Nor do they depend on entries; the kernel looks up
+/// to 3 tiles ahead, so that entries that follow one another must have as many.
+template <class ClustersAtOnce>
+ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype, int multiprocessors,
+                                     const ClustersAtOnce& clusters_at_once) {
   constexpr int64_t kMost = int64_t{1} << 28;
   const bool aligned = reinterpret_cast<uintptr_t>(in.u) % 16 == 0 &&
                        (in.batch == 1 || in.u_batch_stride % 8 == 0) && in.u_time_stride % 8 == 0;
@@ -89,16 +93,27 @@ inline ModalTensorFwd modal_tensor_fwd_plan(const ModalInputs& in, DType dtype,
       in.batch < 1 || in.batch > 65535 || !aligned) {
     return {};
   }
-  const int64_t columns = in.width / kModalTensorChannels;
-  const int64_t tiles = (in.length + kModalTensorTile - 1) / kModalTensorTile;
-  const int64_t ranks =
-      std::min({multiprocessors / (columns * in.batch), tiles, int64_t{kModalTensorMostRanks}});
+  const auto tiles = [&](int64_t steps) { return (in.length + steps - 1) / steps; };
+  ModalTensorFwd plan;
+  plan.columns = static_cast<int>(in.width / kModalTensorNarrow);
+  plan.narrow = plan.columns * in.batch <= multiprocessors;
+  if (plan.narrow) {
+    const auto fit = [&](int ranks) {
+      return ranks <= tiles(2 * kModalTensorTile) &&
+             ranks * plan.columns * in.batch <= multiprocessors &&
+             clusters_at_once(ranks) >= plan.columns * in.batch;
+    };
+    plan.ranks = kModalTensorMostRanks;
+    while (plan.ranks > 1 && !fit(plan.ranks)) --plan.ranks;
+    return plan;
+  }
+  plan.columns = static_cast<int>(in.width / kModalTensorChannels);
   constexpr int64_t kOverhead = 3, kLeastTiles = 3;
-  const int64_t entries = ranks > 1 || tiles < kLeastTiles
-                              ? 1
-                              : modal_entries(in.batch, tiles, columns, multiprocessors, kOverhead);
-  return {static_cast<int>(columns), static_cast<int>(entries),
-          static_cast<int>(std::max<int64_t>(1, ranks))};
+  if (tiles(kModalTensorTile) >= kLeastTiles) {
+    plan.entries = static_cast<int>(
+        modal_entries(in.batch, tiles(kModalTensorTile), plan.columns, multiprocessors, kOverhead));
+  }
+  return plan;
 }
 
 }  // namespace sarissa::kernels

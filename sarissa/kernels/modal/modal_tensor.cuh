@@ -53,10 +53,10 @@ struct FloatPair {
       : high(static_cast<float>(x)), low(static_cast<float>(x - static_cast<double>(high))) {}
 };
 
+/// How many clusters of `ranks` CTAs of the forward run at once on this GPU.
+int modal_tensor_fwd_clusters(int ranks);
 /// Whether this GPU has the shared memory that the plan needs.
 bool modal_tensor_fwd_runs(const ModalTensorFwd& plan);
-/// Bytes.
-int64_t modal_tensor_fwd_workspace(const ModalInputs& in, const ModalTensorFwd& plan);
 Status modal_tensor_fwd(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t stream);
 
 }  // namespace sarissa::kernels

@@ -1,21 +1,26 @@
 // Forward of hyena_modal on tensor cores, bfloat16 with up to 16 modes: one pass over memory.
 //
-// A CTA owns 32 channels and marches through time in tiles of 16 blocks; the carry, the modes'
-// states between tiles, stays in registers. Batch entries may follow one another in one march, so
-// that the filters are made once for all of them. A tile goes through three phases:
+// A CTA owns a column of channels and marches through time in tiles; the carry, the modes' states
+// between tiles, stays on the chip. Batch entries may follow one another in one march, so that the
+// filters are made once for all of them. A tile goes through three phases:
 //   pre-gate   u = c_pre c_value, from rows of z to u[channel][step]; a thread has two channels and
 //              eight steps
-//   convolve   q = h * u + skip u, in place; a warp has two channels, whose filters it keeps as
-//              fragments for the whole march
+//   convolve   q = h * u + skip u, in place; a warp has one or two channels, whose filters it keeps
+//              as fragments for the whole march
 //   post-gate  y = c_post q; threads as in the pre-gate
 // Between two barriers the warps convolve one tile, finish the tile before it and prepare the one
 // after it. Half of them begin with the convolution, so that its products and scans overlap the
 // arithmetic of the gates.
 //
-// Where a few channels would leave most of the GPU idle, several CTAs, the ranks, take the tiles of
-// a column of channels in turn. A rank first finds where its tile ends from zero and tells the
-// others through global memory; a round later all of them know the ends of the round's tiles and
-// follow the carry through them. The ranks wait for each other, so the launch is cooperative.
+// Columns are wide, 32 channels in tiles of 256 steps, or where those would leave half of the
+// multiprocessors idle narrow, 16 channels in tiles of 512 steps. Where even narrow columns are
+// few, the CTAs of a cluster, the ranks, take the tiles of a column in turn and send the carry from
+// rank to rank, into each other's shared memory. A warp waits for the carry only when the products
+// of its tile are done, and sends the next one after a scan: each rank runs a little later than the
+// one before it, and then finds the carry there when it asks for it.
+#include <atomic>
+
+#include "sarissa/kernels/common/cluster.cuh"
 #include "sarissa/kernels/common/vector.cuh"
 #include "sarissa/kernels/modal/modal_tensor.cuh"
 
@@ -26,113 +31,46 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kModes = kModalTensorModes;
 constexpr int kBlock = kModalBlock;
-constexpr int kTileBlocks = 16;
-constexpr int kTile = kTileBlocks * kBlock;
-constexpr int kChannels = kModalTensorChannels;  // of a CTA
-constexpr int kPairs = kChannels / 2;
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kOwn = kChannels / kWarps;         // channels that a warp convolves
-constexpr int kRun = kTile * kPairs / kThreads;  // steps that a thread gates
-constexpr int kHalo = 2;                         // rows before a tile, for the featurizer
-constexpr int kMailRounds = 4;                   // rounds that messages of ranks are kept
-constexpr int kRowBytes = kChannels * sizeof(bf16);
-constexpr int kChunks = kRowBytes / 16;
+constexpr int kRun = 8;       // steps of two channels that a thread gates in a tile
+constexpr int kHalo = 2;      // rows before a tile, for the featurizer
+constexpr int kSlots = 3;     // tiles of z's thirds on the chip
+constexpr int kTilesOfU = 2;  // of u, then q
+constexpr int kProduct = 16;  // blocks of a product: rows of its left side
 static_assert(kModes == 16 && kBlock == 16, "the fragments below");
 
-/// Tiles of z's thirds on the chip. The ranks' third tile of u takes the room of a third one.
-template <bool kRanked>
-constexpr int kSlots = kRanked ? 2 : 3;
-
-/// u, then q, of a tile: [channel][step].
-constexpr int kChannelBytes = kTile * sizeof(bf16);
-constexpr int kPartBytes = kChannels * kChannelBytes;
-/// u has two parts, the high one first; q takes the place of the high one.
-constexpr int kTileBytes = 2 * kPartBytes;
-
-/// A table with an entry per channel and mode.
-template <class T>
-using PerMode = T[kChannels][kModes];
-
-/// What the filters are made of.
-struct Setup {
-  PerMode<float> log_pole, residue;
-  float taps[kChannels][kBlock + 1];  // of the local convolution
-};
-
-/// Rounds by which a tile is convolved later than it could be: the ranks' messages travel
-/// meanwhile.
-template <bool kRanked>
-constexpr int kLag = kRanked ? 1 : 0;
-
-/// A tile of time of a batch entry.
-struct Place {
-  int tile, b;
-};
-/// Rounds whose places are kept, where batch entries follow one another.
-constexpr int kPlaces = 8;  // a power of two
-
-template <bool kRanked>
-struct Shared {
-  unsigned char z[3][kSlots<kRanked>][(kHalo + kTile) * kRowBytes];  // post, pre, value
-  union {
-    unsigned char u[2 + kLag<kRanked>][kTileBytes];
-    Setup setup;
-  };
-  float2 featurizer[3][3][kPairs];  // [third][tap]
-  PerMode<float4> decay;            // of one, two, four and eight blocks
-  union {
-    PerMode<float> correction;   // without ranks: see `convolve`
-    PerMode<float2> tile_decay;  // with ranks: lambda^kTile, high and low
-  };
-  // Of the sequence's last block: the states before it, and its u.
-  PerMode<float> last_states;
-  float last_u[kChannels][kBlock];
-  Place places[kPlaces];  // of round r: number r % kPlaces
-};
-
-constexpr size_t kMostShared = 227 << 10;  // of a CTA on an H100
-static_assert(sizeof(Shared<false>) <= kMostShared && sizeof(Shared<true>) <= kMostShared);
-
-/// Where row j of a tile lies, row 0 kHalo steps before it. The gates read rows that are 8 apart
-/// together: they lie in different banks.
-__device__ constexpr int row_offset(int j) { return (j ^ (j >> 3 & 1)) * kRowBytes; }
-/// Where eight steps of u[channel] lie. Neither the same steps of neighbouring pairs of channels
-/// nor the blocks of a channel meet in a bank.
-__device__ constexpr int u_offset(int channel, int eight) {
-  return channel * kChannelBytes + (eight ^ (eight >> 3 & 3) ^ (channel / 2 & 7)) * 16;
-}
-
-/// Where a tile ends from zero, for one channel and mode. Read and written as a whole: a message is
-/// there or not, and needs no flag or fence beside it.
-struct alignas(8) TileEnd {
-  float state;
-  int number;  // of the round, from 1 on
-
-  __device__ void tell(TileEnd* to) const {
-    asm volatile("{.reg .b64 m; mov.b64 m, {%1, %2}; st.relaxed.gpu.global.b64 [%0], m;}" ::"l"(to),
-                 "f"(state), "r"(number)
-                 : "memory");
-  }
-  __device__ static TileEnd peek(const TileEnd* from) {
-    TileEnd end;
-    asm volatile("{.reg .b64 m; ld.relaxed.gpu.global.b64 m, [%2]; mov.b64 {%0, %1}, m;}"
-                 : "=f"(end.state), "=r"(end.number)
-                 : "l"(from)
-                 : "memory");
-    return end;
-  }
-};
-/// Messages [kMailRounds, columns, ranks, kChannels, kModes], all columns of all batch entries.
-constexpr int kMail = kChannels * kModes;
-inline int64_t mail_bytes(const ModalTensorFwd& plan, int64_t batch) {
-  if (plan.ranks == 1) return 0;
-  return kMailRounds * batch * plan.columns * plan.ranks * kMail * int64_t{sizeof(TileEnd)};
-}
-
-/// A CTA's channels.
+/// A column of channels: a warp convolves kOwn of them. All tiles have as many elements.
+template <int kOwnChannels>
 struct Column {
-  int channel;  // the first of kChannels
+  static constexpr int kOwn = kOwnChannels;
+  static constexpr int kChannels = kOwn * kWarps;
+  static constexpr int kPairs = kChannels / 2;
+  static constexpr int kTile = kRun * kThreads / kPairs;
+  static constexpr int kParts = kTile / kBlock / kProduct;  // products that a channel's tile takes
+  static constexpr int kLaneBlocks = 2 * kParts;            // blocks whose states a lane has
+  static constexpr int kRowBytes = kChannels * sizeof(bf16);
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kLineRows = 128 / kRowBytes;
+  static constexpr int kChannelBytes = kTile * sizeof(bf16);
+  static_assert(kTile * kChannels == kModalTensorTile * kModalTensorChannels);
+
+  /// A table with an entry per channel and mode.
+  template <class T>
+  using PerMode = T[kChannels][kModes];
+
+  /// Where row j of a tile of z lies, row 0 kHalo steps before it. The gates of a warp read rows
+  /// that are multiples of 8 apart together: they lie in different banks.
+  __device__ static constexpr int row_offset(int j) {
+    return (j ^ (j >> 3 & (kLineRows - 1))) * kRowBytes;
+  }
+  /// Where eight steps of u[channel] lie. Neither the same steps of neighbouring pairs of channels
+  /// nor the blocks of a channel meet in a bank.
+  __device__ static constexpr int u_offset(int channel, int eight) {
+    return channel * kChannelBytes + (eight ^ (eight >> 3 & 7) ^ (channel >> 1 & 7)) * 16;
+  }
+
+  int channel;  // the first one
   int length;
   int64_t stride, width;
 
@@ -154,12 +92,76 @@ struct Column {
            ((int64_t{b} * kHalo + t + kHalo) * 3 + third) * width + channel;
   }
 };
+using Wide = Column<2>;
+using Narrow = Column<1>;
+static_assert(Wide::kChannels == kModalTensorChannels);
+static_assert(Narrow::kChannels == kModalTensorNarrow);
+
+/// u has two parts, the high one first; q takes the place of the high one.
+constexpr int kPartBytes = Wide::kChannels * Wide::kChannelBytes;
+constexpr int kTileBytes = 2 * kPartBytes;
+
+/// What the filters are made of.
+template <class Column>
+struct Setup {
+  /// With this stride neither modes nor powers meet in a bank.
+  static constexpr int kStride = kModes + 4;
+
+  Column::template PerMode<float> residue;
+  float powers[Column::kChannels][kBlock + 1][kStride];  // lambda^k; 0 for modes that are not there
+  float taps[Column::kChannels][kBlock + 1];             // of the local convolution
+};
+
+/// A tile of time of a batch entry.
+struct Place {
+  int tile, b;
+};
+/// Rounds whose places are kept.
+constexpr int kPlaces = 8;  // a power of two
+
+/// Mode n of a channel is number j of what lane l, for l % 4 = lane, holds of the channel's states.
+__device__ constexpr int mode_of(int lane, int j) { return lane % 4 * 2 + j % 2 + j / 2 * 8; }
+/// The states of a channel in the order of the lanes that hold them.
+struct States {
+  float4 of_lane[4];
+
+  __device__ float& mode(int n) {
+    return reinterpret_cast<float*>(of_lane)[n % 8 / 2 * 4 + n / 8 * 2 + n % 2];
+  }
+};
+__device__ inline void unpack(float (&to)[4], const float4& four) {
+  to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+template <class Column>
+struct Shared {
+  unsigned char z[3][kSlots][(kHalo + Column::kTile) * Column::kRowBytes];  // post, pre, value
+  union {
+    unsigned char u[kTilesOfU][kTileBytes];
+    Setup<Column> setup;
+  };
+  float2 featurizer[3][3][Column::kPairs];          // [third][tap]
+  typename Column::template PerMode<float4> decay;  // see `scan`
+  States correction[Column::kChannels];             // see `convolve`
+  /// The states before a tile, where they come from elsewhere: an entry's first tile, or with ranks
+  /// all tiles. In the end those before the last block.
+  States carry[Column::kChannels];
+  float last_u[Column::kChannels][kBlock];  // of the last block
+  Place places[kPlaces];                    // of round r: number r % kPlaces
+  Arrival carried[kWarps];                  // ranks: a carry has come from the rank before
+};
+
+constexpr size_t kMostShared = 227 << 10;  // of a CTA on an H100
+static_assert(sizeof(Shared<Wide>) <= kMostShared && sizeof(Shared<Narrow>) <= kMostShared);
 
 /// Copies of tiles to their slots; a thread takes a chunk of two rows of each third, and a few
 /// threads one of the rows before the tile.
+template <class Column>
 struct Copies {
+  static constexpr int kChunks = Column::kChunks, kRowBytes = Column::kRowBytes;
+  static constexpr int kTile = Column::kTile;
   static constexpr int kRows = kThreads / kChunks;  // that all threads copy at a time
-  static_assert(kTile == 2 * kRows && kRows % 16 == 0);
+  static_assert(kTile == 2 * kRows && kRows % (kRun * Column::kLineRows) == 0);
 
   const ModalInputs& in;
   const Column& cta;
@@ -172,30 +174,34 @@ struct Copies {
     row = static_cast<int>(thread / kChunks);
     lane = static_cast<int>(thread % 32);
     warp = static_cast<int>(thread / 32);
-    to = row_offset(row + kHalo) + lane % kChunks * 16;
+    to = Column::row_offset(row + kHalo) + lane % kChunks * 16;
   }
   /// Thirds [first, first + kThirds) of a tile.
   template <int kThirds>
   __device__ void copy(int first, Place at, unsigned char* const (&slots)[kThirds]) const {
     const int t = at.tile * kTile;
-    const bf16* const z = cta.z(in, at.b) + lane % kChunks * 8;
-    const bf16* const from = z + (t + row) * cta.stride + first * cta.width;
-    const int64_t half = kRows * cta.stride;
+    // In bytes, so that an address takes a sum and no shift.
+    const int64_t third = cta.width * int64_t{sizeof(bf16)};
+    const int64_t stride = cta.stride * int64_t{sizeof(bf16)};
+    const auto* const z = reinterpret_cast<const unsigned char*>(cta.z(in, at.b)) +
+                          lane % kChunks * 16 + first * third;
+    const unsigned char* const from = z + (t + row) * stride;
+    const unsigned char* const from_half = from + kRows * stride;
     const int rows = cta.length - t - row;
 #pragma unroll
     for (int k = 0; k < kThirds; ++k) {
-      copy_async_line(slots[k] + to, from + k * cta.width, rows > 0);
-      copy_async_line(slots[k] + to + kRows * kRowBytes, from + k * cta.width + half, rows > kRows);
+      copy_async_line(slots[k] + to, from + k * third, rows > 0);
+      copy_async_line(slots[k] + to + kRows * kRowBytes, from_half + k * third, rows > kRows);
     }
     // The rows before it.
 #pragma unroll
     for (int k = 0; k < kThirds; ++k) {
       if (warp != first + k || lane >= kHalo * kChunks) continue;
       const int j = lane / kChunks;
-      unsigned char* const to = slots[k] + row_offset(j) + lane % kChunks * 16;
+      unsigned char* const to = slots[k] + Column::row_offset(j) + lane % kChunks * 16;
       if (t > 0) {
         const int before = t - kHalo + j;
-        copy_async_line(to, z + before * cta.stride + (first + k) * cta.width, before < cta.length);
+        copy_async_line(to, z + before * stride + k * third, before < cta.length);
       } else {
         copy_state(to, cta.row(in, at.b, first + k, j - kHalo));
       }
@@ -217,27 +223,36 @@ struct Copies {
 
 /// A thread's share of the gates: kRun steps of two channels in every tile. As with Copies, made
 /// again for every tile.
+template <class Column>
 struct Run {
+  static constexpr int kPairs = Column::kPairs, kRowBytes = Column::kRowBytes;
+  static constexpr int kLineRows = Column::kLineRows;
+
   int pair, run;
-  int even, odd;  // offsets of its rows, of even and odd number
-  int u;          // offset of its steps of u
+  int rows[kLineRows];  // offsets of its first rows, which say those of the others
+  int next[kHalo];      // of the rows where the next run begins
+  int u;                // of its steps of u
 
   __device__ Run() {
     uint32_t thread = threadIdx.x;
     opaque(thread);
     pair = static_cast<int>(thread % kPairs);
     run = static_cast<int>(thread / kPairs);
-    const int first = run * kRun * kRowBytes + pair * 4, swap = run % 2 * kRowBytes;
-    even = first + swap;
-    odd = first - swap;
-    u = u_offset(2 * pair, run);
+#pragma unroll
+    for (int i = 0; i < kLineRows; ++i) rows[i] = Column::row_offset(run * kRun + i) + pair * 4;
+#pragma unroll
+    for (int i = 0; i < kHalo; ++i) {
+      next[i] = kLineRows == 2 ? rows[i ^ 1] + kRun * kRowBytes
+                               : Column::row_offset((run + 1) * kRun + i) + pair * 4;
+    }
+    u = Column::u_offset(2 * pair, run);
   }
 
   /// Calls f(i, c) for the run's steps, c the featurizer's output of one third or of two thirds.
   template <int kThirds, class F>
   __device__ void featurize(const unsigned char* const (&z)[kThirds],
                             const float2 (*const (&taps)[kThirds])[kPairs], const F& f) const {
-    static_assert(kRun == 8, "row_offset() alternates between runs");
+    static_assert(kRun == 8, "row_offset() changes from run to run");
     float2 f0[kThirds], f1[kThirds], f2[kThirds], z1[kThirds], z2[kThirds], c[kThirds];
 #pragma unroll
     for (int k = 0; k < kThirds; ++k) {
@@ -247,8 +262,8 @@ struct Run {
     }
 #pragma unroll
     for (int i = 0; i < kRun + kHalo; ++i) {
-      const int at = i < kRun ? (i % 2 == 0 ? even : odd) + i * kRowBytes
-                              : (i == kRun ? odd : even) + (i ^ 1) * kRowBytes;
+      const int at =
+          i < kRun ? rows[i % kLineRows] + i / kLineRows * kLineRows * kRowBytes : next[i - kRun];
 #pragma unroll
       for (int k = 0; k < kThirds; ++k) {
         const uint32_t row = *reinterpret_cast<const uint32_t*>(z[k] + at);
@@ -265,9 +280,8 @@ struct Run {
   }
 };
 
-/// The mode of element j of what a lane holds of a channel's states.
-__device__ inline int mode_of(int column, int j) { return column + j % 2 + j / 2 * 8; }
 /// The state before the first step of a batch entry.
+template <class Column>
 __device__ inline float initial_state(const ModalInputs& in, const Column& cta, int b, int own,
                                       int n) {
   if (in.state == nullptr || n >= in.modes) return 0.0f;
@@ -276,26 +290,23 @@ __device__ inline float initial_state(const ModalInputs& in, const Column& cta, 
 }
 
 /// The filter of one channel as fragments, for a warp. A tile's blocks are the rows of its
-/// products: row r of the upper half is block 2 r, of the lower half block 2 r + 1, so that a lane
-/// has neighbouring blocks.
+/// products: row r of the upper half of product i is block kLaneBlocks r + 2 i, of the lower half
+/// the one after it, so that a lane has neighbouring blocks.
+template <class Column>
 struct Filter {
   // All as high + low. ends [step, mode] = lambda^(15 - step); reach [mode, step] = residue
   // lambda^(step + 1); local [step', step] = h[step - step'] with the skip in h[0], of which two
   // fragments say all.
   SplitPair ends[2][2], reach[2][2], local[2];
-  // States before the tile of the modes of this lane's columns: in lanes of row 0, in others 0. Not
-  // used by ranks.
-  float carry[4];
+  // The states before the tile of the modes of this lane's columns: in lanes of row 0, in others 0.
+  float carry[4] = {};
 
-  /// Channel `own` of the CTA, at the start of batch entry b.
-  __device__ Filter(const ModalInputs& in, const Setup& setup, const Column& cta, int b, int own) {
+  Filter() = default;
+  /// Channel `own` of the CTA.
+  __device__ Filter(const Setup<Column>& setup, int own) {
     const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, column = lane % 4 * 2;
-    const int modes = static_cast<int>(in.modes);
-    const float* const log_poles = setup.log_pole[own];
     const float* const residues = setup.residue[own];
-    const auto power = [&](int n, int k) {
-      return n < modes ? modal_power(log_poles[n], k) : 0.0f;
-    };
+    const auto power = [&](int n, int k) { return setup.powers[own][k][n]; };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -311,22 +322,15 @@ struct Filter {
       local[half] =
           split_pair(lag >= 0 ? taps[max(lag, 0)] : 0.0f, lag >= 1 ? taps[max(lag - 1, 0)] : 0.0f);
     }
-    start(in, cta, b, own);
-  }
-  /// The carry at the start of a batch entry.
-  __device__ void start(const ModalInputs& in, const Column& cta, int b, int own) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      carry[j] = lane / 4 == 0 ? initial_state(in, cta, b, own, mode_of(lane % 4 * 2, j)) : 0.0f;
-    }
   }
 };
 
-/// The end states of the blocks from zero: x[j][h] of mode column + j % 2 + j / 2 * 8 and block
-/// 2 row + h.
-__device__ inline void end_states(const Filter& f, const uint32_t (&u)[4],
-                                  const uint32_t (&u_low)[4], float (&x)[4][2]) {
+/// The end states of the blocks of product `part` from zero: x[j][h] of mode_of(lane, j) and the
+/// lane's block number h.
+template <class Column>
+__device__ inline void end_states(const Filter<Column>& f, const uint32_t (&u)[4],
+                                  const uint32_t (&u_low)[4], int part,
+                                  float (&x)[4][Column::kLaneBlocks]) {
   const float zero[4] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -336,8 +340,8 @@ __device__ inline void end_states(const Filter& f, const uint32_t (&u)[4],
     mma(e, u, f.ends[half][0].high, f.ends[half][1].high, e);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      x[2 * half + j][0] = e[j];
-      x[2 * half + j][1] = e[2 + j];
+      x[2 * half + j][2 * part] = e[j];
+      x[2 * half + j][2 * part + 1] = e[2 + j];
     }
   }
 }
@@ -351,13 +355,18 @@ __device__ inline void add_from_above(float& s, float factor) {
       : "+f"(s)
       : "f"(factor), "n"(4 * kUp));
 }
-/// s: the states after this lane's second block; `start` those before the tile in lanes of row 0,
-/// zero in the others. Step by step for all modes, since a step waits for its shuffle.
-__device__ inline void scan(const float4 (&decay)[4], const float (&x)[4][2],
+/// s: the states after this lane's blocks; `start` those before the tile in lanes of row 0, zero in
+/// the others. `decay`: of one block, and of the blocks of one lane, two and four. Step by step for
+/// all modes, since a step waits for its shuffle.
+template <int kBlocks>
+__device__ inline void scan(const float4 (&decay)[4], const float (&x)[4][kBlocks],
                             const float (&start)[4], float (&s)[4]) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    s[j] = fmaf(decay[j].y, start[j], fmaf(decay[j].x, x[j][0], x[j][1]));
+    s[j] = x[j][0];
+#pragma unroll
+    for (int i = 1; i < kBlocks; ++i) s[j] = fmaf(decay[j].x, s[j], x[j][i]);
+    s[j] = fmaf(decay[j].y, start[j], s[j]);
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) add_from_above<1>(s[j], decay[j].y);
@@ -366,71 +375,61 @@ __device__ inline void scan(const float4 (&decay)[4], const float (&x)[4][2],
 #pragma unroll
   for (int j = 0; j < 4; ++j) add_from_above<4>(s[j], decay[j].w);
 }
-/// lambda^kTile as scan() multiplies it, up to the roundings of its sums.
+/// The decay of a tile as scan() multiplies it, up to the roundings of its sums.
 __device__ inline double scan_decay(const float4& decay) {
   return static_cast<double>(decay.y) * decay.y * decay.z * decay.w;
 }
 
-template <bool kRanked>
+template <class Column>
 __global__ void __launch_bounds__(kThreads, 1)
     modal_tensor_fwd_kernel(const __grid_constant__ ModalFwdParams p,
                             const __grid_constant__ ModalTensorFwd plan) {
+  constexpr int kOwn = Column::kOwn, kTile = Column::kTile, kPairs = Column::kPairs;
+  constexpr int kParts = Column::kParts, kLaneBlocks = Column::kLaneBlocks;
+  using Run = Run<Column>;
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<Shared<kRanked>*>(shared_bytes);
-  wait_for_earlier_kernels();
+  auto& shared = *reinterpret_cast<Shared<Column>*>(shared_bytes);
   const ModalInputs& in = p.in;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int row = lane / 4, column = lane % 4 * 2;
-  const int ranks = kRanked ? plan.ranks : 1;
-  const int rank = static_cast<int>(blockIdx.x) % ranks;
-  const int my_column = static_cast<int>(blockIdx.x) / ranks;
-  const Column cta(in, my_column);
+  // Wide columns have one rank. Several ranks have one batch entry.
+  const int ranks = kOwn == 1 ? plan.ranks : 1;
+  const int rank = kOwn == 1 ? static_cast<int>(blockIdx.x) % ranks : 0;
+  const Column cta(in, static_cast<int>(blockIdx.x) / ranks);
   const int tiles = ceil_div(cta.length, kTile);
-  // Batch entries, one after the other.
-  const int first_b = static_cast<int>(blockIdx.y) * (kRanked ? 1 : plan.entries);
-  const int entries = kRanked ? 1 : min(plan.entries, static_cast<int>(in.batch) - first_b);
-  const int rounds = kRanked ? ceil_div(tiles, ranks) : entries * tiles;
-  // The tile of a round. Without ranks it is read, since there are no registers to keep a batch
-  // entry in; the plan sees to it that the first rounds are of one entry.
-  const auto place_of = [&](int round) {
-    return kRanked ? Place{round * ranks + rank, first_b} : shared.places[round & (kPlaces - 1)];
-  };
-  constexpr int kFirstRounds = kSlots<kRanked> + 1;
-  if (!kRanked && threadIdx.x < kFirstRounds) {
-    const int round = static_cast<int>(threadIdx.x);
-    shared.places[round] =
-        round < tiles || entries == 1 ? Place{round, first_b} : Place{round - tiles, first_b + 1};
-  }
+  const int first_b = static_cast<int>(blockIdx.y) * plan.entries;
+  const int entries = min(plan.entries, static_cast<int>(in.batch) - first_b);
+  const int rounds = entries * ceil_div(tiles - rank, ranks);
 
-  // Copies the tile of `round`, `at`, and for the post-gate, which needs it later, that of an
-  // earlier one.
-  const auto copy = [&](int round, Place at, int slot, int post_slot) {
-    constexpr int kBehind = 2 + kLag<kRanked>;
-    const Copies copies(in, cta);
-    if (round < rounds) {
-      copies.copy<2>(kPre, at, {shared.z[kPre][slot], shared.z[kValue][slot]});
-    }
-    const int post_round = round - kBehind;
-    if (post_round >= 0 && post_round < rounds) {
-      const Place post =
-          round < kFirstRounds - 1 ? Place{post_round, first_b} : place_of(post_round);
-      copies.copy<1>(kPost, post, {shared.z[kPost][post_slot]});
-    }
-    copies_commit();
-  };
+  // The parameters and the first tile are then near when the wait is over.
+  {
+    const int channel = thread / kModes, n = thread % kModes;
+    const bool there = channel < Column::kChannels && n < in.modes;
+    const int64_t at = (cta.channel + channel) / (in.width / in.groups) * in.modes + n;
+    prefetch(static_cast<const float*>(in.log_poles) + at, there);
+    prefetch(static_cast<const float*>(in.residues) + at, there);
+    constexpr int kRows = kThreads / 2;
+    const int third = kPre + thread / kRows;
 #pragma unroll
-  for (int round = 0; round < kSlots<kRanked>; ++round) {
-    copy(round, {round * ranks + rank, first_b}, round, 0);
+    for (int i = 0; i < kTile / kRows; ++i) {
+      const int t = rank * kTile + i * kRows + thread % kRows;
+      prefetch(cta.z(in, first_b) + t * cta.stride + third * cta.width, t < cta.length);
+    }
   }
+  wait_for_earlier_kernels();
 
-  // What the tables are made of: all loads before the first use, while the first tiles arrive.
-  static_assert(kThreads == kChannels * kModes && kBlock == kModes);
+  // What the tables are made of: all loads before the first use, and before the copies, which would
+  // keep them waiting.
+  static_assert(kThreads >= Column::kChannels * kModes && kBlock == kModes);
   const int my_channel = thread / kModes, my_mode = thread % kModes;
-  const ModalMode mode(in, cta.channel + my_channel, my_mode);
+  const bool with_tables = my_channel < Column::kChannels;
+  const ModalMode mode(in, cta.channel + (with_tables ? my_channel : 0), my_mode);
   float my_tap = 0.0f;  // of the local convolution, number my_mode
-  if (my_mode == 0 && in.skip != nullptr) {
+  if (with_tables && my_mode == 0 && in.skip != nullptr) {
     my_tap = modal_parameter(in.skip, in.skip_is_T, cta.channel + my_channel);
   }
+  const float my_start =
+      with_tables && rank == 0 ? initial_state(in, cta, first_b, my_channel, my_mode) : 0.0f;
   constexpr int kFeaturizers = 9 * kPairs;  // [third][tap][pair], a thread each
   float2 featurizer = {};
   if (thread < kFeaturizers) {
@@ -439,44 +438,84 @@ __global__ void __launch_bounds__(kThreads, 1)
     featurizer = {modal_parameter(in.featurizer, in.featurizer_is_T, at),
                   modal_parameter(in.featurizer, in.featurizer_is_T, at + 3)};
   }
-  if (thread < kFeaturizers) (&shared.featurizer[0][0][0])[thread] = featurizer;
 
-  auto& setup = shared.setup;
-  const double lambda = mode.there ? mode.exact_power(1) : 0.0;
-  double lambda_to_tile;
-  {
-    setup.log_pole[my_channel][my_mode] = mode.log_pole;
-    setup.residue[my_channel][my_mode] = mode.residue;
-    double block_decay = lambda;
-#pragma unroll
-    for (int k = 1; k < kBlock; k *= 2) block_decay *= block_decay;
-    lambda_to_tile = block_decay;
-#pragma unroll
-    for (int k = 1; k < kTileBlocks; k *= 2) lambda_to_tile *= lambda_to_tile;
-    float4 decay;
-    decay.x = static_cast<float>(block_decay);
-    decay.y = decay.x * decay.x;
-    decay.z = decay.y * decay.y;
-    decay.w = decay.z * decay.z;
-    shared.decay[my_channel][my_mode] = decay;
-    if constexpr (kRanked) {
-      const FloatPair tile_decay(lambda_to_tile);
-      shared.tile_decay[my_channel][my_mode] = {tile_decay.high, tile_decay.low};
-    } else {
-      shared.correction[my_channel][my_mode] =
-          static_cast<float>(lambda_to_tile - scan_decay(decay));
+  // The tile of a round. It is read, since there are no registers to keep a batch entry in; the
+  // plan sees to it that the first rounds are of one entry.
+  const auto place_of = [&](int round) { return shared.places[round & (kPlaces - 1)]; };
+  constexpr int kFirstRounds = kSlots + 1;
+  if (thread < kFirstRounds) {
+    const int tile = thread * ranks + rank;
+    shared.places[thread] =
+        tile < tiles || entries == 1 ? Place{tile, first_b} : Place{tile - tiles, first_b + 1};
+  }
+  if (ranks > 1) {
+    if (thread < kWarps) shared.carried[thread].start();
+    __syncwarp();
+    arrive_at_cluster();
+  }
+
+  // Copies the tile of `round`, `at`, and for the post-gate, which needs it later, that of an
+  // earlier one.
+  const auto copy = [&](int round, Place at, int slot, int post_slot) {
+    constexpr int kBehind = 2;
+    const Copies copies(in, cta);
+    if (round < rounds) {
+      copies.template copy<2>(kPre, at, {shared.z[kPre][slot], shared.z[kValue][slot]});
     }
-  }
-  __syncthreads();
+    const int post_round = round - kBehind;
+    if (post_round >= 0 && post_round < rounds) {
+      const Place post = round < kFirstRounds - 1 ? Place{post_round * ranks + rank, first_b}
+                                                  : place_of(post_round);
+      copies.template copy<1>(kPost, post, {shared.z[kPost][post_slot]});
+    }
+    copies_commit();
+  };
 #pragma unroll
-  for (int n = 0; n < kModes; ++n) {
-    const float power = modal_power(setup.log_pole[my_channel][n], my_mode);
-    my_tap = fmaf(setup.residue[my_channel][n], power, my_tap);
+  for (int round = 0; round < kSlots; ++round) {
+    copy(round, {round * ranks + rank, first_b}, round, 0);
   }
-  setup.taps[my_channel][my_mode] = my_tap;
+
+  if (thread < kFeaturizers) (&shared.featurizer[0][0][0])[thread] = featurizer;
+  auto& setup = shared.setup;
+  if (with_tables) {
+    setup.residue[my_channel][my_mode] = mode.residue;
+#pragma unroll
+    for (int k = 0; k <= kBlock; ++k) {
+      setup.powers[my_channel][k][my_mode] = mode.there ? modal_power(mode.log_pole, k) : 0.0f;
+    }
+    shared.carry[my_channel].mode(my_mode) = my_start;
+    double power = mode.there ? mode.exact_power(1) : 0.0;
+#pragma unroll
+    for (int k = 1; k < kBlock; k *= 2) power *= power;
+    float4 decay;
+    decay.x = static_cast<float>(power);
+#pragma unroll
+    for (int k = 1; k < kLaneBlocks; k *= 2) power *= power;
+    decay.y = static_cast<float>(power);
+    decay.z = static_cast<float>(power *= power);
+    decay.w = static_cast<float>(power *= power);
+    shared.decay[my_channel][my_mode] = decay;
+    shared.correction[my_channel].mode(my_mode) =
+        static_cast<float>(power * power - scan_decay(decay));
+  }
   __syncthreads();
-  Filter filters[kOwn] = {Filter(in, setup, cta, first_b, warp * kOwn),
-                          Filter(in, setup, cta, first_b, warp * kOwn + 1)};
+  if (with_tables) {
+    const auto* const residues = reinterpret_cast<const float4*>(setup.residue[my_channel]);
+    const auto* const powers = reinterpret_cast<const float4*>(setup.powers[my_channel][my_mode]);
+#pragma unroll
+    for (int i = 0; i < kModes / 4; ++i) {
+      float residue[4], power[4];
+      unpack(residue, residues[i]);
+      unpack(power, powers[i]);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) my_tap = fmaf(residue[n], power[n], my_tap);
+    }
+    setup.taps[my_channel][my_mode] = my_tap;
+  }
+  __syncthreads();
+  Filter<Column> filters[kOwn];
+#pragma unroll
+  for (int k = 0; k < kOwn; ++k) filters[k] = Filter<Column>(setup, warp * kOwn + k);
   __syncthreads();  // u takes the room of setup
 
   const auto pre_gate = [&](const Run& run, int slot, unsigned char* u_tile) {
@@ -492,7 +531,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       SplitPair pairs[kRun / 2];
 #pragma unroll
       for (int i = 0; i < kRun / 2; ++i) pairs[i] = split_pair(u[k][2 * i], u[k][2 * i + 1]);
-      uint4* const to = reinterpret_cast<uint4*>(u_tile + run.u + k * kChannelBytes);
+      uint4* const to = reinterpret_cast<uint4*>(u_tile + run.u + k * Column::kChannelBytes);
       *to = {pairs[0].high, pairs[1].high, pairs[2].high, pairs[3].high};
       to[kPartBytes / sizeof(uint4)] = {pairs[0].low, pairs[1].low, pairs[2].low, pairs[3].low};
     }
@@ -505,7 +544,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t q[2][kRun / 2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const auto four = *reinterpret_cast<const uint4*>(u_tile + run.u + k * kChannelBytes);
+      const auto four = *reinterpret_cast<const uint4*>(u_tile + run.u + k * Column::kChannelBytes);
       q[k][0] = four.x, q[k][1] = four.y, q[k][2] = four.z, q[k][3] = four.w;
     }
     uint32_t out[kRun];
@@ -529,144 +568,76 @@ __global__ void __launch_bounds__(kThreads, 1)
   // This lane's row for load_matrices and its pairs of q, of the warp's first channel.
   uint32_t u_row, q_pair;
   {
-    const int matrix = lane / 8, block = 2 * (lane % 8) + matrix % 2;
-    u_row = u_offset(warp * kOwn, 2 * block + matrix / 2);
+    const int matrix = lane / 8, block = kLaneBlocks * (lane % 8) + matrix % 2;
+    u_row = Column::u_offset(warp * kOwn, 2 * block + matrix / 2);
   }
-  q_pair = u_offset(warp * kOwn, 2 * (2 * row)) + 2 * column;
+  q_pair = Column::u_offset(warp * kOwn, 2 * (kLaneBlocks * row)) + 2 * column;
   opaque(u_row);
   opaque(q_pair);
-  const auto load_u = [&](const unsigned char* u_tile, int k, uint32_t(&high)[4],
-                          uint32_t(&low)[4]) {
-    load_matrices(high, u_tile + u_row + k * kChannelBytes);
-    load_matrices(low, u_tile + u_row + k * kChannelBytes + kPartBytes);
-  };
 
-  const auto load_decay = [&](int own, float4(&decay)[4]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) decay[j] = shared.decay[own][mode_of(column, j)];
-  };
-
-  // Ranks: a warp's threads are those of its channels' modes. The first message for a warp of a
-  // rank of this column.
-  static_assert(kOwn * kModes == 32);
-  const auto mail = [&](int round, int from_rank) {
-    const auto columns = static_cast<int>(in.width) / kChannels;
-    const int of_column =
-        (round % kMailRounds * static_cast<int>(gridDim.y) + first_b) * columns + my_column;
-    uint32_t at = (of_column * ranks + from_rank) * kMail + warp * 32;
-    opaque(at);  // made again every time: there are no registers to keep it in
-    return static_cast<TileEnd*>(p.workspace) + at;
-  };
-  const auto publish_ends = [&](int round, const unsigned char* u_tile) {
-    TileEnd* const to = mail(round, rank);
-#pragma unroll
-    for (int k = 0; k < kOwn; ++k) {
-      uint32_t u[4], u_low[4];
-      float x[4][2], s[4];
-      float4 decay[4];
-      const float zero[4] = {};
-      load_u(u_tile, k, u, u_low);
-      end_states(filters[k], u, u_low, x);
-      load_decay(warp * kOwn + k, decay);
-      scan(decay, x, zero, s);
-      if (row != 7) continue;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        TileEnd{s[j], round + 1}.tell(to + k * kModes + mode_of(column, j));
-      }
-    }
-  };
-  float carry = 0.0f;  // of the thread's mode, before the tiles of a round
-  if constexpr (kRanked) carry = initial_state(in, cta, first_b, my_channel, my_mode);
-  // Messages that are read at once.
-  constexpr int kTogether = 4;
-  struct Ends {
-    TileEnd of[kTogether];
-  };
-  const auto peek_ends = [&](int round, int first) {
-    const TileEnd* const from = mail(round, 0) + lane;
-    Ends ends;
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      ends.of[i] = TileEnd::peek(from + min(first + i, ranks - 1) * kMail);
-    }
-    return ends;
-  };
-  // The state before this rank's tile, of the thread's mode; the carry moves on.
-  const auto follow_carry = [&](int round) {
-    float start = 0.0f;
-    const float2 decay = shared.tile_decay[my_channel][my_mode];
-    for (int first = 0; first < ranks; first += kTogether) {
-      Ends ends;
-      bool complete;
-      do {
-        ends = peek_ends(round, first);
-        complete = true;
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          complete = complete && ends.of[i].number == round + 1;
-        }
-      } while (!complete);
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        if (first + i == rank) start = carry;
-        if (first + i < ranks) {
-          carry = recur(decay.x, decay.y, carry, ends.of[i].state);
-        }
-      }
-    }
-    __syncwarp();
-    return start;
-  };
-
-  // my_start: of ranks, what follow_carry() gave.
-  const auto convolve = [&](Place at, unsigned char* u_tile, float my_start) {
+  const auto convolve = [&](Place at, int round, unsigned char* u_tile) {
     const float zero[4] = {};
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      Filter& f = filters[k];
+      Filter<Column>& f = filters[k];
       const int own = warp * kOwn + k;
-      uint32_t u[4], u_low[4];
-      float x[4][2], q[2][4];
-      load_u(u_tile, k, u, u_low);
-      end_states(f, u, u_low, x);
-      mma_k8(q[0], u[0], u[1], f.local[0].low, zero);
-      mma(q[1], u, f.local[1].low, f.local[0].low, zero);
-      mma_k8(q[0], u_low[0], u_low[1], f.local[0].high, q[0]);
-      mma(q[1], u_low, f.local[1].high, f.local[0].high, q[1]);
-      mma_k8(q[0], u[0], u[1], f.local[0].high, q[0]);
-      mma(q[1], u, f.local[1].high, f.local[0].high, q[1]);
-
-      // s: the states before this lane's blocks.
-      float s[4][2], start[4];
+      unsigned char* const u_own = u_tile + k * Column::kChannelBytes;
+      float x[4][kLaneBlocks], q[kParts][2][4];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (kRanked) {
-          start[j] = __shfl_sync(~0u, my_start, k * kModes + mode_of(column, j));
-          if (row != 0) start[j] = 0.0f;
-        } else {
-          start[j] = f.carry[j];
-        }
+      for (int i = 0; i < kParts; ++i) {
+        uint32_t u[4], u_low[4];
+        load_matrices(u, u_own + (u_row ^ i * 64));
+        load_matrices(u_low, u_own + (u_row ^ i * 64) + kPartBytes);
+        end_states(f, u, u_low, i, x);
+        mma_k8(q[i][0], u[0], u[1], f.local[0].low, zero);
+        mma(q[i][1], u, f.local[1].low, f.local[0].low, zero);
+        mma_k8(q[i][0], u_low[0], u_low[1], f.local[0].high, q[i][0]);
+        mma(q[i][1], u_low, f.local[1].high, f.local[0].high, q[i][1]);
+        mma_k8(q[i][0], u[0], u[1], f.local[0].high, q[i][0]);
+        mma(q[i][1], u, f.local[1].high, f.local[0].high, q[i][1]);
       }
       float4 decay[4];
-      float after[4];
-      load_decay(own, decay);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) decay[j] = shared.decay[own][mode_of(lane, j)];
+
+      if (ranks > 1 && at.tile > 0) {
+        Arrival& carried = shared.carried[warp];
+        if (lane == 0) carried.expect(sizeof(States));
+        carried.wait(rank == 0 ? round - 1 : round);
+      }
+      float4* const carry = &shared.carry[own].of_lane[lane % 4];
+      if ((ranks > 1 || at.tile == 0) && row == 0) unpack(f.carry, *carry);
+      float start[4], after[4], correction[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) start[j] = f.carry[j];
       scan(decay, x, start, after);
+      // scan() multiplied the carry by powers that were rounded; this makes up for it.
+      unpack(correction, shared.correction[own].of_lane[lane % 4]);
+      float s[4][kLaneBlocks];  // the states before this lane's blocks
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float before = __shfl_sync(~0u, after[j], (lane + 28) % 32);  // row 0: after the tile
         s[j][0] = row == 0 ? start[j] : before;
-        s[j][1] = fmaf(decay[j].x, s[j][0], x[j][0]);
-        if constexpr (!kRanked) {
-          // scan() multiplied the carry by powers that were rounded; this makes up for it.
-          f.carry[j] = fmaf(shared.correction[own][mode_of(column, j)], start[j], before);
-          if (row != 0) f.carry[j] = 0.0f;
+        f.carry[j] = fmaf(correction[j], start[j], before);
+        if (row != 0) f.carry[j] = 0.0f;
+      }
+      const bool last = at.tile == tiles - 1;
+      if (ranks > 1) {
+        Arrival::deliver({f.carry[0], f.carry[1], f.carry[2], f.carry[3]}, carry,
+                         &shared.carried[warp], rank + 1 < ranks ? rank + 1 : 0, row == 0 && !last);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 1; i < kLaneBlocks; ++i) {
+          s[j][i] = fmaf(decay[j].x, s[j][i - 1], x[j][i - 1]);
         }
       }
-      if (p.saved != nullptr && row % 4 == 0) {
-        static_assert(kModalSavedSteps == 4 * 2 * kBlock);
+      constexpr int kSavedBlocks = kModalSavedSteps / kBlock;
+      static_assert(kSavedBlocks % kLaneBlocks == 0);
+      if (p.saved != nullptr && row * kLaneBlocks % kSavedBlocks == 0) {
         const int saved = ceil_div(cta.length, kModalSavedSteps);
-        const int entry = at.tile * (kTile / kModalSavedSteps) + row / 4;
+        const int entry = at.tile * (kTile / kModalSavedSteps) + row * kLaneBlocks / kSavedBlocks;
         float* const to = static_cast<float*>(p.saved) + column +
                           ((int64_t{at.b} * saved + entry) * in.width + cta.channel + own) * kModes;
         if (entry < saved) {
@@ -674,70 +645,74 @@ __global__ void __launch_bounds__(kThreads, 1)
           *reinterpret_cast<float2*>(to + 8) = {s[2][0], s[3][0]};
         }
       }
-      if (at.tile == tiles - 1) {
+      if (last) {
+        __syncwarp();  // the carry has been read
         const int block = (cta.length - 1) % kTile / kBlock;
-        if (row == block / 2) {
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            shared.last_states[own][mode_of(column, j)] = block % 2 == 0 ? s[j][0] : s[j][1];
-          }
+        for (int i = 0; i < kLaneBlocks; ++i) {
+          if (row * kLaneBlocks + i != block) continue;
+          *carry = {s[0][i], s[1][i], s[2][i], s[3][i]};
         }
         if (lane < kBlock) {
           const unsigned char* const u_at =
-              u_tile + u_offset(own, 2 * block + lane / 8) + lane % 8 * sizeof(bf16);
+              u_tile + Column::u_offset(own, 2 * block + lane / 8) + lane % 8 * sizeof(bf16);
           shared.last_u[own][lane] = load(reinterpret_cast<const bf16*>(u_at)) +
                                      load(reinterpret_cast<const bf16*>(u_at + kPartBytes));
         }
       }
 
       // q += s reach, the small products first.
-      SplitPair a[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        a[j] = split_pair(s[j / 2 * 2][j % 2], s[j / 2 * 2 + 1][j % 2]);
-      }
-      const auto times = [&](uint32_t SplitPair::*left, uint32_t SplitPair::*right) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma(q[half], a[0].*left, a[1].*left, a[2].*left, a[3].*left, f.reach[half][0].*right,
-              f.reach[half][1].*right, q[half]);
-        }
-      };
-      times(&SplitPair::low, &SplitPair::high);
-      times(&SplitPair::high, &SplitPair::low);
-      times(&SplitPair::high, &SplitPair::high);
       __syncwarp();  // all have read u
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < kParts; ++i) {
+        SplitPair a[4];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          // Eight steps, number 4 row + 2 h + half.
-          *reinterpret_cast<uint32_t*>(u_tile + (q_pair ^ (2 * h + half) * 16) +
-                                       k * kChannelBytes) =
-              pack_pair(q[half][2 * h], q[half][2 * h + 1]);
+        for (int j = 0; j < 4; ++j) {
+          a[j] = split_pair(s[j / 2 * 2][2 * i + j % 2], s[j / 2 * 2 + 1][2 * i + j % 2]);
+        }
+        const auto times = [&](uint32_t SplitPair::*left, uint32_t SplitPair::*right) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            mma(q[i][half], a[0].*left, a[1].*left, a[2].*left, a[3].*left, f.reach[half][0].*right,
+                f.reach[half][1].*right, q[i][half]);
+          }
+        };
+        times(&SplitPair::low, &SplitPair::high);
+        times(&SplitPair::high, &SplitPair::low);
+        times(&SplitPair::high, &SplitPair::high);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            // Eight steps, number 2 kLaneBlocks row + 4 i + 2 h + half.
+            *reinterpret_cast<uint32_t*>(u_own + (q_pair ^ (4 * i + 2 * h + half) * 16)) =
+                pack_pair(q[i][half][2 * h], q[i][half][2 * h + 1]);
+          }
         }
       }
     }
   };
 
   // What goes out after the last step of a batch entry: the states of the modes, from the block
-  // that it lies in, and the featurizer's.
-  const auto store_states = [&](int b) {
+  // that it lies in, and the featurizer's. Where another entry follows its carry is set.
+  const auto end_entry = [&](int b, bool another) {
     uint32_t thread = threadIdx.x;
     opaque(thread);  // as in Copies
     const int own = static_cast<int>(thread) / kModes, n = static_cast<int>(thread) % kModes;
-    const ModalMode mode(in, cta.channel + own, n);
-    if (mode.there) {
-      const FloatPair pole(mode.exact_power(1));
-      float s = shared.last_states[own][n];
+    if (own < Column::kChannels && n < in.modes) {
+      float& carry = shared.carry[own].mode(n);
+      const FloatPair pole(ModalMode(in, cta.channel + own, n).exact_power(1));
+      float s = carry;
       const int steps = (cta.length - 1) % kBlock + 1;
       for (int i = 0; i < steps; ++i) s = recur(pole.high, pole.low, s, shared.last_u[own][i]);
       const int64_t to = (b * in.width + cta.channel + own) * in.modes + n;
       static_cast<float*>(p.state_out)[to] = s;
+      if (another) carry = initial_state(in, cta, b + 1, own, n);
     }
-    if (thread < 3 * kHalo * kChunks) {
-      const int third = static_cast<int>(thread) / (kHalo * kChunks);
-      const int i = static_cast<int>(thread) / kChunks % kHalo, chunk = thread % kChunks;
+    if (thread < 3 * kHalo * Column::kChunks) {
+      const int third = static_cast<int>(thread) / (kHalo * Column::kChunks);
+      const int i = static_cast<int>(thread) / Column::kChunks % kHalo,
+                chunk = thread % Column::kChunks;
       const bf16* from = cta.row(in, b, third, cta.length - kHalo + i);
       const uint4 none = {};
       const uint4 z = from != nullptr ? reinterpret_cast<const uint4*>(from)[chunk] : none;
@@ -747,100 +722,102 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  constexpr int kLate = kLag<kRanked>, kAhead = kSlots<kRanked>, kTilesOfU = 2 + kLate;
-  copies_wait<kAhead - 1>();
+  copies_wait<kSlots - 1>();
   __syncthreads();
   pre_gate(Run(), 0, shared.u[0]);
-  copies_wait<kAhead - 2>();
+  copies_wait<kSlots - 2>();
   __syncthreads();
+  if (ranks > 1) wait_for_cluster();
   const auto after = [](int i, int count) { return i == count - 1 ? 0 : i + 1; };
   int slot = 0, u_slot = 0;  // of the round's tile
-  for (int round = 0; round <= rounds + kLate; ++round) {
-    // With two slots, the next one is also that of the tile before.
-    const int next_slot = after(slot, kAhead), last_slot = after(next_slot, kAhead);
-    const int u_next = after(u_slot, kTilesOfU), u_last = after(u_next, kTilesOfU);
-    copy(round + kAhead, place_of(round + kAhead), slot, next_slot);
-    if constexpr (!kRanked) {
-      if (threadIdx.x == 0) {
-        const Place last = place_of(round + kAhead);
-        const bool over = last.tile == tiles - 1;
-        shared.places[(round + kAhead + 1) & (kPlaces - 1)] = {over ? 0 : last.tile + 1,
-                                                               over ? last.b + 1 : last.b};
-      }
-      const Place before = place_of(round - 1);
-      if (round > 0 && before.tile == tiles - 1) {
-        store_states(before.b);
-        if (round < rounds) {
-#pragma unroll
-          for (int k = 0; k < kOwn; ++k) filters[k].start(in, cta, before.b + 1, warp * kOwn + k);
-        }
-      }
+  for (int round = 0; round <= rounds; ++round) {
+    const int next_slot = after(slot, kSlots), last_slot = after(next_slot, kSlots);
+    const int u_next = after(u_slot, kTilesOfU);
+    copy(round + kSlots, place_of(round + kSlots), slot, next_slot);
+    if (thread == 0) {
+      const Place last = place_of(round + kSlots);
+      const bool over = last.tile + ranks >= tiles;
+      shared.places[(round + kSlots + 1) & (kPlaces - 1)] = {
+          over && ranks == 1 ? 0 : last.tile + ranks, over && ranks == 1 ? last.b + 1 : last.b};
+    }
+    const Place before = place_of(round - 1);
+    if (round > 0 && before.tile == tiles - 1) {
+      end_entry(before.b, round < rounds);
+      __syncwarp();  // a warp sets the carry of its channels
     }
     const bool convolve_first = warp % 8 >= 4;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       if ((half == 0) == convolve_first) {
-        float my_start = 0.0f;
-        if constexpr (kRanked) {
-          if (round < rounds) publish_ends(round, shared.u[u_slot]);
-          if (round > 0 && round <= rounds) my_start = follow_carry(round - 1);
-        }
-        if (round >= kLate && round < rounds + kLate) {
-          convolve(place_of(round - kLate), shared.u[kRanked ? u_last : u_slot], my_start);
-        }
+        if (round < rounds) convolve(place_of(round), round, shared.u[u_slot]);
       } else {
         // The post-gate frees the u that the pre-gate writes.
         const Run run;
-        if (round > kLate) {
-          post_gate(run, place_of(round - 1 - kLate), kRanked ? slot : last_slot, shared.u[u_next]);
-        }
+        if (round > 0) post_gate(run, before, last_slot, shared.u[u_next]);
         if (round + 1 < rounds) pre_gate(run, next_slot, shared.u[u_next]);
       }
     }
     slot = next_slot;
     u_slot = u_next;
-    copies_wait<kAhead - 2>();
+    copies_wait<kSlots - 2>();
     __syncthreads();
   }
-  if (kRanked && (rounds - 1) * ranks + rank == tiles - 1) store_states(first_b);
 }
 
-template <bool kRanked>
+template <class Column>
 Status run(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t stream) {
-  constexpr size_t kBytes = sizeof(Shared<kRanked>);
-  const auto kernel = modal_tensor_fwd_kernel<kRanked>;
+  constexpr size_t kBytes = sizeof(Shared<Column>);
+  const auto kernel = modal_tensor_fwd_kernel<Column>;
   const Status allowed = allow_shared_memory(kernel, kBytes);
   if (!allowed.ok()) return allowed;
   const dim3 grid(static_cast<unsigned>(plan.columns * plan.ranks),
                   static_cast<unsigned>(ceil_div<int64_t>(p.in.batch, plan.entries)));
-  if (!kRanked) {
-    launch_early(kernel, grid, kThreads, kBytes, stream, p, plan);
-    return launch_status("tensor");
-  }
-  const auto mail = static_cast<size_t>(mail_bytes(plan, p.in.batch));
-  cudaError_t e = cudaMemsetAsync(p.workspace, 0, mail, stream);  // no message yet
-  if (e != cudaSuccess) return {cudaGetErrorString(e)};
-  ModalFwdParams params = p;
-  ModalTensorFwd shape = plan;
-  void* args[] = {&params, &shape};
-  e = cudaLaunchCooperativeKernel(kernel, grid, kThreads, args, kBytes, stream);
-  if (e != cudaSuccess) return {cudaGetErrorString(e)};
-  return launch_status("tensor_ranks");
+  launch_early_in_clusters(plan.ranks, kernel, grid, kThreads, kBytes, stream, p, plan);
+  return launch_status(plan.ranks > 1 ? "tensor_ranks" : "tensor");
 }
 
 }  // namespace
 
+int modal_tensor_fwd_clusters(int ranks) {
+  // Asked before every call, and the runtime takes long to answer.
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices][kModalTensorMostRanks + 1];  // the answer + 1
+  int device = 0;
+  cudaGetDevice(&device);
+  std::atomic<int>* const answer = device < kDevices ? &known[device][ranks] : nullptr;
+  if (answer != nullptr && *answer > 0) return *answer - 1;
+
+  constexpr size_t kBytes = sizeof(Shared<Narrow>);
+  const auto kernel = modal_tensor_fwd_kernel<Narrow>;
+  cudaFuncAttributes code{};
+  cudaLaunchAttribute dimension{};
+  dimension.id = cudaLaunchAttributeClusterDimension;
+  dimension.val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ranks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kBytes;
+  config.attrs = &dimension;
+  config.numAttrs = 1;
+  int clusters = 0;
+  // A GPU that has clusters may run code that was made for one that has none.
+  const bool known_code = cudaFuncGetAttributes(&code, kernel) == cudaSuccess;
+  if (!known_code || code.ptxVersion < 90 || !allow_shared_memory(kernel, kBytes).ok() ||
+      cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    clusters = 0;
+    cudaGetLastError();
+  }
+  if (answer != nullptr) *answer = clusters + 1;
+  return clusters;
+}
+
 bool modal_tensor_fwd_runs(const ModalTensorFwd& plan) {
-  const size_t bytes = plan.ranks > 1 ? sizeof(Shared<true>) : sizeof(Shared<false>);
+  const size_t bytes = plan.narrow ? sizeof(Shared<Narrow>) : sizeof(Shared<Wide>);
   return bytes <= static_cast<size_t>(most_shared_memory());
 }
 
-int64_t modal_tensor_fwd_workspace(const ModalInputs& in, const ModalTensorFwd& plan) {
-  return mail_bytes(plan, in.batch);
-}
-
 Status modal_tensor_fwd(const ModalFwdParams& p, const ModalTensorFwd& plan, cudaStream_t stream) {
-  return plan.ranks > 1 ? run<true>(p, plan, stream) : run<false>(p, plan, stream);
+  return plan.narrow ? run<Narrow>(p, plan, stream) : run<Wide>(p, plan, stream);
 }
 
 }  // namespace sarissa::kernels
