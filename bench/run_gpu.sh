@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Runs what only a GPU can show, from an archive of bench/pack_gpu.sh, in one call:
-#   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|all]
+#   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|checks|train|all]
 #   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER bench [options of 'sarissa bench ops']
 #   bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER peers [options of bench/peers/peers.py]
 # python3 on PATH must have torch 2.11.0 (the CUDA 13.0 build). Writes logs and JSON to the folder
-# (bench: ops.jsonl, peers: peers.jsonl) and one line per step; exits 1 when a step failed.
+# (bench: ops.jsonl, peers: peers.jsonl) and one line per step; exits 1 when a step failed. `checks` are
+# tests and sanitize, which run beside each other.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-archive=${1:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|bench|peers|all]}
-results=${2:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|train|bench|peers|all]}
+archive=${1:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|checks|train|bench|peers|all]}
+results=${2:?usage: bench/run_gpu.sh ARCHIVE.tar.xz RESULTS_FOLDER [tests|sanitize|checks|train|bench|peers|all]}
 what=${3:-all}
 options=("${@:4}")
 mkdir -p "$results"
@@ -22,7 +23,7 @@ export SARISSA_SOURCE_DIR="$PWD"
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 build/sarissa --version
 
-failed=0
+failures=$(mktemp)
 step() {  # step NAME COMMAND...: runs the command, logs it, reports one line
   local name=$1 start=$SECONDS
   shift
@@ -31,27 +32,32 @@ step() {  # step NAME COMMAND...: runs the command, logs it, reports one line
   else
     echo "FAILED  $name ($((SECONDS - start)) s)"
     grep -E "FAILED|Failure|error|ERROR SUMMARY" "$logs/$name.log" | head -40
-    failed=1
+    echo "$name" >> "$failures"
   fi
 }
+beside() {  # a step beside up to 5 others
+  step "$@" &
+  while (($(jobs -rp | wc -l) >= 6)); do wait -n; done
+}
 
-if [[ $what == tests || $what == all ]]; then
-  while read -r test; do
-    step "$test" timeout 120 "build/$test" --gtest_filter='*Cuda*'
-  done < build/gpu_tests
-  step selftest timeout 120 build/sarissa selftest --device cuda
-  build/sarissa selftest --device cuda --json > "$results/selftest.json"
-fi
 # racecheck also reports torch's own attention kernels (cutlass, cuDNN): only ours count.
 racecheck() {
   compute-sanitizer --tool racecheck build/sarissa selftest --device cuda
   ! grep 'Race reported' "$logs/sanitize_racecheck.log" | grep -v -e fmha_cutlass -e cudnn_
 }
-if [[ $what == sanitize || $what == all ]]; then
-  step sanitize_memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
+if [[ $what == sanitize || $what == checks || $what == all ]]; then  # first, since it takes longest
+  beside sanitize_racecheck racecheck
+  beside sanitize_memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
     build/sarissa selftest --device cuda
-  step sanitize_racecheck racecheck
 fi
+if [[ $what == tests || $what == checks || $what == all ]]; then
+  while read -r test; do
+    beside "$test" timeout 240 "build/$test" --gtest_filter='*Cuda*'
+  done < build/gpu_tests
+  beside selftest timeout 240 build/sarissa selftest --device cuda
+  build/sarissa selftest --device cuda --json > "$results/selftest.json"
+fi
+wait
 if [[ $what == train || $what == all ]]; then
   step train build/sarissa train configs/quickstart.toml --train.device=cuda \
     --train.output="$logs/run"
@@ -68,4 +74,4 @@ if [[ $what == peers || $what == all ]]; then
   cat "$logs/peers.log"
 fi
 tar -C "$logs" -czf "$results/logs.tar.gz" .
-exit $failed
+[[ ! -s $failures ]]
