@@ -779,6 +779,7 @@ TEST(HyenaModal, TensorBackwardPlan) {
   EXPECT_EQ(plan(4, 2048, 4096).entries, 4);
   EXPECT_EQ(plan(1, 8192, 4096).entries, 1);
   EXPECT_EQ(plan(1, 1 << 20, 1024).chunks, 4);  // 32 columns on 132 multiprocessors
+  EXPECT_EQ(plan(1, 1 << 20, 3072).chunks, 4);  // in three turns
   for (const int64_t length : {2, 255, 256, 257, 5000, 100000, 1 << 20}) {
     for (const int64_t width : {32, 96, 1024, 4096}) {
       const auto p = plan(2, length, width);
@@ -787,6 +788,12 @@ TEST(HyenaModal, TensorBackwardPlan) {
       EXPECT_GE(p.chunks * p.chunk_tiles, p.tiles) << length << " " << width;
       EXPECT_LT((p.chunks - 1) * p.chunk_tiles, p.tiles) << length << " " << width;
       EXPECT_EQ(p.teams, 2);
+      const int piece = p.spans * p.span_steps * kernels::kModalArrivingWarps;
+      EXPECT_EQ(p.pieces > 0, p.chunks > 1) << length << " " << width;
+      EXPECT_TRUE(p.chunks == 1 || p.pieces * piece >= p.chunk_tiles * 256)
+          << length << " " << width;
+      EXPECT_EQ(p.span_steps % kernels::kModalArrivingSteps, 0) << length << " " << width;
+      EXPECT_LE(p.span_steps, kernels::kModalArrivingSpan) << length << " " << width;
     }
   }
   EXPECT_EQ(plan(1, 8192, 4096, 163 << 10).teams, 1);  // less shared memory
@@ -810,6 +817,8 @@ TEST(HyenaModal, CudaTensorBackwardMatchesTheCpuInDouble) {
       {{3, 257, 4096, 4096, 16}, "tensor"},  // all three
       {{3, 2031, 96, 6, 12, false, false}, "tensor_chunks"},  //
       {{2, 2048, 32, 32, 16}, "tensor_chunks"},               //
+      {{2, 2049, 32, 8, 16}, "tensor_chunks"},                // the last chunk is one step
+      {{1, 40000, 64, 64, 16}, "tensor_chunks"},              // many pieces
       {{1, 4999, 64, 1, 16}, "tensor_chunks"},                // one group
       {{1, 300, 48, 48, 16}, "stages"},                       // channels that fill no column
       {{1, 300, 32, 32, 17}, "stages"},                       // too many modes

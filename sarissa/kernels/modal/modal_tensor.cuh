@@ -28,10 +28,17 @@ struct ModalMode {
   bool there;  // false: the problem has fewer modes
 
   __device__ ModalMode(const ModalInputs& in, int64_t channel, int n) {
-    const int64_t at = channel / (in.width / in.groups) * in.modes + n;
+    const int64_t i = at(in, channel, n);
     there = n < in.modes;
-    log_pole = there ? static_cast<const float*>(in.log_poles)[at] : 0.0f;
-    residue = there ? static_cast<const float*>(in.residues)[at] : 0.0f;
+    log_pole = there ? static_cast<const float*>(in.log_poles)[i] : 0.0f;
+    residue = there ? static_cast<const float*>(in.residues)[i] : 0.0f;
+  }
+
+  /// Where it is, in the poles and residues.
+  __device__ static int64_t at(const ModalInputs& in, int64_t channel, int n) {
+    // The kernels' widths have 32 bits, whose division is short.
+    const auto of_group = static_cast<uint32_t>(in.width) / static_cast<uint32_t>(in.groups);
+    return static_cast<uint32_t>(channel) / of_group * in.modes + n;
   }
 
   /// lambda^k in double.

@@ -26,10 +26,13 @@
 // A team may march through several batch entries one after the other: its tables are made, and its
 // sums leave, once for all of them.
 //
-// Few channels do not fill a GPU: then time is cut in chunks. A first pass makes the adjoint that
-// each chunk sends to its left, from zero. A chunk composes what arrives from those to its right
-// and starts one tile early, for the gradients that the featurizer's adjoint wants from there.
+// Few channels do not fill a GPU: then time is cut in chunks. A first pass
+// (modal_tensor_bwd_arriving.cuh) makes the adjoint that each chunk sends to its left, from zero; a
+// chunk composes what arrives from those to its right. The last two rows of dz of a chunk want
+// gradients of the featurizer's output from the next: both leave theirs at the seam, and the kernel
+// that sums the parts makes these rows.
 #include "sarissa/kernels/modal/modal_tensor_bwd.cuh"
+#include "sarissa/kernels/modal/modal_tensor_bwd_arriving.cuh"
 
 namespace sarissa::kernels {
 namespace modal_bwd {
@@ -44,7 +47,10 @@ constexpr int kMeetTiles = 2;
 
 /// The buffers beside the operator's own.
 struct Buffers {
-  float* arriving;  // [B, chunks - 1, D, kModes]: what chunk c + 1 sends to c, from zero
+  float* arriving;  // modal_tensor_bwd_arriving.cuh
+  /// [B, chunks - 1, 4, 3D]: gradients of the featurizer's output at the last two steps of a chunk
+  /// and the first two of the next.
+  float* seams;
   // Partial sums, per part of the problem (batch entries of a team, and chunk) and channel.
   float *dlog_poles, *dresidues;  // [parts, D, N]
   Parameters dskip;               // [parts, D]
@@ -57,8 +63,8 @@ __device__ inline void meet(int team, bool all) {
   asm volatile("bar.sync %0, %1;" ::"r"(all ? 0 : team + 1), "r"(threads) : "memory");
 }
 
-/// kEnds: gradients of the last states are given. kArriving: the first pass.
-template <bool kEnds, bool kArriving>
+/// kEnds: gradients of the last states are given.
+template <bool kEnds>
 struct BackwardMarch {
   const ModalBwdParams& p;
   const ModalTensorBwd& plan;
@@ -85,7 +91,7 @@ struct BackwardMarch {
         lane(thread % 32),
         batch(blockIdx.y * plan.entries),
         channel0((blockIdx.x * (blockDim.x / kTeamThreads) + team) * kChannels),
-        chunk(blockIdx.z + (kArriving ? 1 : 0)) {}
+        chunk(blockIdx.z) {}
 
   __device__ void barrier() const { meet(team, false); }
   __device__ bool is_last(int tile) const { return tile == plan.tiles - 1; }
@@ -114,7 +120,7 @@ struct BackwardMarch {
       constexpr int kHalf = kTile / 2, kHalfBytes = kHalf / kSegment * Rows::kSegmentBytes;
       const bool good = left > half * kHalf;
 #pragma unroll
-      for (int third = 0; third < (kArriving ? 1 : 3); ++third) {
+      for (int third = 0; third < 3; ++third) {
         copy_async_line(to + third * sizeof(Rows) + half * kHalfBytes,
                         z + 2 * (third * in.width + half * kHalf * in.u_time_stride), good);
       }
@@ -131,7 +137,7 @@ struct BackwardMarch {
       const bool good = inside || in.featurizer_state != nullptr;
       copy_async<16>(stage.rows[third].bytes + Rows::offset(before) + 16 * part,
                      good ? from + third * in.width + column : in.u, good);
-    } else if (!kArriving && thread >= 64 && thread < 64 + kChannels * kModes / 4) {
+    } else if (thread >= 64 && thread < 64 + kChannels * kModes / 4) {
       const int64_t entries = ceil_div<int64_t>(in.length, kModalSavedSteps);
       uint32_t entry = tile * (kTile / kModalSavedSteps);
       opaque(entry);  // nothing to keep from tile to tile
@@ -144,54 +150,69 @@ struct BackwardMarch {
     copies_commit();
   }
 
-  /// Fills the tables in shared memory. Ends with a barrier.
-  __device__ void make_tables() const {
+  /// Asks L2 for what comes first, the poles and the last tile, while the kernel before ends.
+  __device__ void ask() const {
+    const ModalInputs& in = p.in;
+    const int n = thread % kModes;
+    if (n < in.modes) {
+      const int64_t at = ModalMode::at(in, channel0 + thread / kModes, n);
+      prefetch(static_cast<const float*>(in.log_poles) + at);
+      prefetch(static_cast<const float*>(in.residues) + at);
+    }
+    const int64_t t = int64_t{plan.tiles - 1} * kTile + thread;
+    if (t >= in.length) return;
+    const Bf16* const z = static_cast<const Bf16*>(in.u) + batch * in.u_batch_stride +
+                          t * in.u_time_stride + channel0;
+    for (int third = 0; third < 3; ++third) prefetch(z + third * in.width);
+    prefetch(static_cast<const Bf16*>(p.dy) + batch * p.dy_batch_stride + t * p.dy_time_stride +
+             channel0);
+  }
+
+  /// Starts to copy the first tile, number `tile`, and fills the tables in shared memory. Ends with
+  /// a barrier.
+  __device__ void start(int tile) const {
     const ModalInputs& in = p.in;
     const int channel = thread / kModes, n = thread % kModes;
-    // All reads of global memory before the first use.
+    // All reads of global memory before the first use, and before the copies, behind which they
+    // would wait.
     const ModalMode mode(in, channel0 + channel, n);
-    float h = 0.0f;  // of the filter's tap n
-    if (n == 0 && in.skip != nullptr) {
-      h = modal_parameter(in.skip, in.skip_is_T, channel0 + channel);
-    }
-    if (thread < 9 * kChannels) {
-      const int third = thread / (3 * kChannels), k = thread / kChannels % 3;
-      const int c = thread % kChannels;
-      shared.taps[third][k][c] = modal_parameter(in.featurizer, in.featurizer_is_T,
-                                                 (third * in.width + channel0 + c) * 3 + k);
-    }
+    const ParameterVector<Bf16, 1> skip(in.skip, in.skip_is_T, channel0 + channel,
+                                        n == 0 && in.skip != nullptr);
+    const bool has_tap = thread < 9 * kChannels;
+    const int third = thread / (3 * kChannels), k = thread / kChannels % 3, c = thread % kChannels;
+    const ParameterVector<Bf16, 1> tap(in.featurizer, in.featurizer_is_T,
+                                       (third * in.width + channel0 + c) * 3 + k, has_tap);
+    load(batch, tile, shared.stages[0]);
     if (thread < 6 * kChannels) {
       const int third = thread / (2 * kChannels), i = thread / kChannels % 2;
       shared.edges[0][third][i][thread % kChannels] = 0.0f;
     }
-    struct Setup {
-      float log_poles[kChannels][kModes], residues[kChannels][kModes];
-    };
-    auto& setup = *reinterpret_cast<Setup*>(shared.steps);
-    setup.log_poles[channel][n] = mode.log_pole;
-    setup.residues[channel][n] = mode.residue;
-    barrier();
+    if (has_tap) shared.taps[third][k][c] = tap[0];
 
+    float powers[kBlock];
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) powers[i] = modal_power(mode.log_pole, i);
+    shared.constants[channel][kScale][n] = mode.residue * powers[1];
 #pragma unroll
     for (int i = 0; i < kBlock; i += 2) {
-      const SplitPair s =
-          split_pair(modal_power(mode.log_pole, 15 - i), modal_power(mode.log_pole, 14 - i));
+      const SplitPair s = split_pair(powers[15 - i], powers[14 - i]);
       unsigned char* const to = &shared.powers[channel][0][i / 8 * 256 + n * 16 + i % 8 * 2];
       *reinterpret_cast<uint32_t*>(to) = s.high;
       *reinterpret_cast<uint32_t*>(to + 512) = s.low;
     }
-#pragma unroll 4
-    for (int m = 0; m < kModes; ++m) {
-      h = fmaf(setup.residues[channel][m], modal_power(setup.log_poles[channel][m], n), h);
-    }
-    shared.first_taps[channel][n] = pack_pair(h, 0.0f);
+    // The filter's tap n.
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) powers[i] *= mode.residue;
+    shared.first_taps[channel][n] = pack_pair(skip[0] + sum_for_lane(powers), 0.0f);
     // The decay of a tile is that of its scan, with its roundings, and the rest by itself: else a
     // pole close to 1 would carry those roundings from tile to tile.
-    const auto decay = static_cast<float>(mode.exact_power(kBlock));
+    static_assert(kTile == kBlock * kBlock);
+    double exact = mode.exact_power(kBlock);
+    const auto decay = static_cast<float>(exact);
+#pragma unroll
+    for (int power = 1; power < kBlock; power *= 2) exact *= exact;
     shared.constants[channel][kDecay][n] = decay;
-    shared.constants[channel][kScale][n] = mode.residue * modal_power(mode.log_pole, 1);
-    shared.constants[channel][kRest][n] =
-        static_cast<float>(mode.exact_power(kTile) - scanned_decay(decay));
+    shared.constants[channel][kRest][n] = static_cast<float>(exact - scanned_decay(decay));
     barrier();
   }
 
@@ -213,16 +234,14 @@ struct BackwardMarch {
   __device__ void gates(const Stage& stage) {
     const Part part;
     float2 x[kSegment];
-    if (!kArriving) {
-      featurize(stage, part, kPre, [&](int i, float2 c) { x[i] = c; });
-      featurize(stage, part, kValue, [&](int i, float2 c) { x[i] = {x[i].x * c.x, x[i].y * c.y}; });
-      unsigned char* const to = shared.steps[kU][2 * part.pair].bytes + part.unit_at;
-      *reinterpret_cast<uint4*>(to) = {pack_pair(x[0].x, x[1].x), pack_pair(x[2].x, x[3].x),
+    featurize(stage, part, kPre, [&](int i, float2 c) { x[i] = c; });
+    featurize(stage, part, kValue, [&](int i, float2 c) { x[i] = {x[i].x * c.x, x[i].y * c.y}; });
+    unsigned char* const to_u = shared.steps[kU][2 * part.pair].bytes + part.unit_at;
+    *reinterpret_cast<uint4*>(to_u) = {pack_pair(x[0].x, x[1].x), pack_pair(x[2].x, x[3].x),
                                        pack_pair(x[4].x, x[5].x), pack_pair(x[6].x, x[7].x)};
-      *reinterpret_cast<uint4*>(to + sizeof(Steps)) = {
-          pack_pair(x[0].y, x[1].y), pack_pair(x[2].y, x[3].y), pack_pair(x[4].y, x[5].y),
-          pack_pair(x[6].y, x[7].y)};
-    }
+    *reinterpret_cast<uint4*>(to_u + sizeof(Steps)) = {
+        pack_pair(x[0].y, x[1].y), pack_pair(x[2].y, x[3].y), pack_pair(x[4].y, x[5].y),
+        pack_pair(x[6].y, x[7].y)};
     const unsigned char* const dy = stage.rows[kDy].bytes + part.row_at;
     featurize(stage, part, kPost, [&](int i, float2 c) {
       const float2 d = pair_at(dy + i * Rows::kRow);
@@ -309,17 +328,15 @@ struct BackwardMarch {
     const unsigned thread = again_thread(), lane = thread % 32;
     const int channel = 2 * (thread / 32) + q, r = lane / 4, quad = lane % 4;
     unsigned char* const column = shared.steps[0][channel].bytes;
-    if (!kArriving) {
-      uint32_t dq[4], u[4];
-      // No lags: rows and columns from 8 on.
-      float second[4] = {lags[q][4], lags[q][5], 0.0f, 0.0f};
-      load_matrices_transposed(dq, column + at.lags_dq);
-      load_matrices_transposed(u, column + at.lags_u);
-      mma(lags[q], dq, u[0], u[1], lags[q]);
-      mma(second, dq, u[2], u[3], second);
-      lags[q][4] = second[0];
-      lags[q][5] = second[1];
-    }
+    uint32_t dq[4], u[4];
+    // No lags: rows and columns from 8 on.
+    float second[4] = {lags[q][4], lags[q][5], 0.0f, 0.0f};
+    load_matrices_transposed(dq, column + at.lags_dq);
+    load_matrices_transposed(u, column + at.lags_u);
+    mma(lags[q], dq, u[0], u[1], lags[q]);
+    mma(second, dq, u[2], u[3], second);
+    lags[q][4] = second[0];
+    lags[q][5] = second[1];
     uint32_t x[2][4];  // of each half of the columns: u, u, reversed dq, reversed dq
     load_matrices(x[0], column + at.steps);
     load_matrices(x[1], column + (at.steps ^ Pointers::kOtherBlocks));
@@ -339,18 +356,16 @@ struct BackwardMarch {
     const float* const constants = &shared.constants[channel][0][r];
     const auto constant = [&](Constant which, int m) { return constants[which * kModes + 8 * m]; };
     float states[2][4], adjoints[2][4];
-    if (!kArriving) {
-      make_sums(kU);
+    make_sums(kU);
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const float sums[4] = {tiles[0][2 * m], tiles[0][2 * m + 1], tiles[1][2 * m],
-                               tiles[1][2 * m + 1]};
-        const float entering = stage.states[channel][r + 8 * m];
-        [[maybe_unused]] const float past =
-            scan_right(constant(kDecay, m), sums, entering, states[m]);
-        if (kEnds && is_last(tile)) {
-          pole_sum[q][m] += last_state_pole_sum(tile, channel, r + 8 * m, states[m], past);
-        }
+    for (int m = 0; m < 2; ++m) {
+      const float sums[4] = {tiles[0][2 * m], tiles[0][2 * m + 1], tiles[1][2 * m],
+                             tiles[1][2 * m + 1]};
+      const float entering = stage.states[channel][r + 8 * m];
+      [[maybe_unused]] const float past =
+          scan_right(constant(kDecay, m), sums, entering, states[m]);
+      if (kEnds && is_last(tile)) {
+        pole_sum[q][m] += last_state_pole_sum(tile, channel, r + 8 * m, states[m], past);
       }
     }
     make_sums(kDq);
@@ -361,7 +376,7 @@ struct BackwardMarch {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float e = tiles[k / 2][2 * m + k % 2];
-        if (!kArriving) state_sum[q][m] = fmaf(states[m][k], e, state_sum[q][m]);
+        state_sum[q][m] = fmaf(states[m][k], e, state_sum[q][m]);
         sums[k] = scale * e;
       }
       if (kEnds && is_last(tile)) {
@@ -369,72 +384,68 @@ struct BackwardMarch {
       }
       scan_left(constant(kDecay, m), constant(kRest, m), sums, adjoint[q][m], adjoints[m]);
     }
-    if constexpr (!kArriving) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // the table of F in place of that of E
-        const float weight = 7.5f - static_cast<float>(2 * quad + i / 2 * 8);
-        const uint32_t weights = pack_pair(weight, weight - 1.0f);
-        high[i] = fma_pairs(weights, high[i], fma_pairs(weights, low[i], 0));
-      }
+    for (int i = 0; i < 4; ++i) {  // the table of F in place of that of E
+      const float weight = 7.5f - static_cast<float>(2 * quad + i / 2 * 8);
+      const uint32_t weights = pack_pair(weight, weight - 1.0f);
+      high[i] = fma_pairs(weights, high[i], fma_pairs(weights, low[i], 0));
+    }
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
+    for (int side = 0; side < 2; ++side) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) mma(tiles[j], high, x[j][2 * side], x[j][2 * side + 1], kZero);
+      for (int j = 0; j < 2; ++j) mma(tiles[j], high, x[j][2 * side], x[j][2 * side + 1], kZero);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          const float decay_16 = 16.0f * constant(kDecay, m), scale = constant(kScale, m);
+      for (int m = 0; m < 2; ++m) {
+        const float decay_16 = 16.0f * constant(kDecay, m), scale = constant(kScale, m);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const float f = tiles[k / 2][2 * m + k % 2];
-            if (side == kU) {
-              const float slope = fmaf(decay_16, states[m][k], f);
-              pole_sum[q][m] = fmaf(adjoints[m][k], slope, pole_sum[q][m]);
-              states[m][k] *= scale;
-            } else {
-              pole_sum[q][m] = fmaf(states[m][k], f, pole_sum[q][m]);
-            }
+        for (int k = 0; k < 4; ++k) {
+          const float f = tiles[k / 2][2 * m + k % 2];
+          if (side == kU) {
+            const float slope = fmaf(decay_16, states[m][k], f);
+            pole_sum[q][m] = fmaf(adjoints[m][k], slope, pole_sum[q][m]);
+            states[m][k] *= scale;
+          } else {
+            pole_sum[q][m] = fmaf(states[m][k], f, pole_sum[q][m]);
           }
         }
       }
+    }
 
-      load_matrices_transposed(high, shared.powers[channel][0] + at.powers);
-      // An element of the filter's fragments has two taps, from tap `last` or last - 8 on.
-      const int last = 15 - r - 2 * quad;
-      const uint32_t* const h = shared.first_taps[channel];
-      const uint32_t near = h[last] | h[last - 1] << 16;
-      const uint32_t far = (last >= 8 ? h[last - 8] : 0) | (last >= 9 ? h[last - 9] : 0) << 16;
-      uint32_t results[2][4];  // as x
+    load_matrices_transposed(high, shared.powers[channel][0] + at.powers);
+    // An element of the filter's fragments has two taps, from tap `last` or last - 8 on.
+    const int last = 15 - r - 2 * quad;
+    const uint32_t* const h = shared.first_taps[channel];
+    const uint32_t near = h[last] | h[last - 1] << 16;
+    const uint32_t far = (last >= 8 ? h[last - 8] : 0) | (last >= 9 ? h[last - 9] : 0) << 16;
+    uint32_t results[2][4];  // as x
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const float(&entering)[2][4] = side == kU ? states : adjoints;
-        float y[2][4];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          mma(y[j], near, far, far, 0, x[j][2 * side], x[j][2 * side + 1], kZero);
-          const uint32_t e0 =
-              transpose_matrix(pack_pair(entering[0][2 * j], entering[0][2 * j + 1]));
-          const uint32_t e1 =
-              transpose_matrix(pack_pair(entering[1][2 * j], entering[1][2 * j + 1]));
-          mma(y[j], high, e0, e1, y[j]);
-          if (kEnds && side == kDq && is_last(tile)) {
-            const End end(p.in.length, tile);
-            const int k = end.block % 4;
-            if (end.block / 4 == quad && k / 2 == j) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                if (i % 2 == k % 2) y[j][i] += last_state_du(channel, r + i / 2 * 8, end.steps);
-              }
-            }
-          }
-          results[j][2 * side] = pack_pair(y[j][0], y[j][1]);
-          results[j][2 * side + 1] = pack_pair(y[j][2], y[j][3]);
-        }
-      }
+    for (int side = 0; side < 2; ++side) {
+      const float(&entering)[2][4] = side == kU ? states : adjoints;
+      float y[2][4];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        store_matrices_transposed(column + (at.steps ^ j * Pointers::kOtherBlocks), results[j][0],
-                                  results[j][1], results[j][2], results[j][3]);
+        mma(y[j], near, far, far, 0, x[j][2 * side], x[j][2 * side + 1], kZero);
+        const uint32_t e0 = transpose_matrix(pack_pair(entering[0][2 * j], entering[0][2 * j + 1]));
+        const uint32_t e1 = transpose_matrix(pack_pair(entering[1][2 * j], entering[1][2 * j + 1]));
+        mma(y[j], high, e0, e1, y[j]);
+        if (kEnds && side == kDq && is_last(tile)) {
+          const End end(p.in.length, tile);
+          const int k = end.block % 4;
+          if (end.block / 4 == quad && k / 2 == j) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (i % 2 == k % 2) y[j][i] += last_state_du(channel, r + i / 2 * 8, end.steps);
+            }
+          }
+        }
+        results[j][2 * side] = pack_pair(y[j][0], y[j][1]);
+        results[j][2 * side + 1] = pack_pair(y[j][2], y[j][3]);
       }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      store_matrices_transposed(column + (at.steps ^ j * Pointers::kOtherBlocks), results[j][0],
+                                results[j][1], results[j][2], results[j][3]);
     }
   }
   /// The gradients of the states before the first step, and what A lacks of them: 7.5 for
@@ -462,15 +473,13 @@ struct BackwardMarch {
     }
   }
 
-  /// `owned` false: of a tile right of the chunk, which stores nothing. `parity` says which edges
-  /// are those of the tile before.
-  __device__ void gradients(const Stage& stage, int tile, bool owned, int parity) {
+  /// `parity` says which edges are those of the tile before.
+  __device__ void gradients(const Stage& stage, int tile, int parity) {
     const ModalInputs& in = p.in;
     const Part part;
     const int64_t width = in.width, t0 = int64_t{tile} * kTile;
     // Of the lane's steps, how many are in the sequence; more than 8 stand for all.
-    const int steps =
-        owned ? static_cast<int>(in.length) - tile * kTile - part.segment * kSegment : 0;
+    const int steps = static_cast<int>(in.length) - tile * kTile - part.segment * kSegment;
     Bf16* const last_dz = static_cast<Bf16*>(p.du) + (batch * in.length + t0) * 3 * width +
                           channel0 + (part.segment * kSegment + kSegment - 1) * 3 * width +
                           2 * part.pair;
@@ -498,6 +507,11 @@ struct BackwardMarch {
       if (part.segment > 0) return;
       *reinterpret_cast<float2*>(&left[third][0][2 * part.pair]) = adjoint.dc1;
       *reinterpret_cast<float2*>(&left[third][1][2 * part.pair]) = adjoint.dc2;
+    };
+    const auto leave_right = [&](int third, int i, const FeaturizerAdjoint& adjoint) {
+      if (i != kSegment - 2 || !rightmost || tile + 1 != (chunk + 1) * plan.chunk_tiles) return;
+      *reinterpret_cast<float2*>(&shared.right[third][0][2 * part.pair]) = adjoint.dc1;
+      *reinterpret_cast<float2*>(&shared.right[third][1][2 * part.pair]) = adjoint.dc2;
     };
     const auto row = [&](int stream, int i) {
       const int at = i == -2        ? Rows::kTwoBefore
@@ -532,6 +546,7 @@ struct BackwardMarch {
         const float2 z2 = row(kPost, i - 2), d = dc(i, q[0][i / 2], q[1][i / 2]);
         add_taps(kPost, d, z0, z1, z2);
         store(to, kPost, i, adjoint.push(d));
+        leave_right(kPost, i, adjoint);
         to -= 3 * width;
         z0 = z1;
         z1 = z2;
@@ -571,6 +586,8 @@ struct BackwardMarch {
           add_taps(kValue, d_value, value0, value1, value2);
           store(to, kPre, i, pre.push(d_pre));
           store(to + width, kValue, i, value.push(d_value));
+          leave_right(kPre, i, pre);
+          leave_right(kValue, i, value);
           to -= 3 * width;
         }
         pre0 = pre1, pre1 = pre2;
@@ -583,18 +600,14 @@ struct BackwardMarch {
 
   /// The tiles of the chunk, from right to left, of one batch entry after the other.
   __device__ void run() {
-    // The first pass makes what arrives at the right edge of the tile that a chunk starts early.
-    const int first = chunk * plan.chunk_tiles + (kArriving ? 1 : 0);
+    const int first = chunk * plan.chunk_tiles;
     const int end = min(first + plan.chunk_tiles, plan.tiles);
-    const bool early = !kArriving && end < plan.tiles;
-    const int start = early ? end : end - 1;
-    if (start >= first) load(batch, start, shared.stages[0]);
-    make_tables();
-    if (early) start_adjoint();
+    start(end - 1);
+    if (plan.chunks > 1) start_adjoint();
     const int end_batch = min(batch + plan.entries, static_cast<int>(p.in.batch));
     int stage = 0;
     for (; batch < end_batch; ++batch) {
-      for (int tile = start; tile >= first; --tile) {
+      for (int tile = end - 1; tile >= first; --tile) {
         const bool all = plan.teams == kTeams && tile % kMeetTiles == 0;
         const Stage& now = shared.stages[stage];
         copies_wait<0>();
@@ -602,7 +615,7 @@ struct BackwardMarch {
         if (tile > first) {
           load(batch, tile - 1, shared.stages[stage ^ 1]);
         } else if (batch + 1 < end_batch) {
-          load(batch + 1, start, shared.stages[stage ^ 1]);
+          load(batch + 1, end - 1, shared.stages[stage ^ 1]);
         }
         gates(now);
         barrier();
@@ -610,66 +623,61 @@ struct BackwardMarch {
 #pragma unroll
         for (int q = 0; q < 2; ++q) filter(now, at, tile, q);
         meet(team, all && team > 0);
-        if (!kArriving) {
-          gradients(now, tile, tile < end, stage);
-          if (tile == end) forget_sums();
-        }
+        gradients(now, tile, stage);
         stage ^= 1;
       }
-      if (kArriving) {
-        send_adjoint();
-      } else if (chunk == 0) {
-        finish_adjoint(shared.stages[stage ^ 1]);
-        barrier();
-        finish_rows(stage);
-      }
+      if (chunk == 0) finish_adjoint(shared.stages[stage ^ 1]);
+      barrier();
+      if (chunk == 0) finish_rows(stage);
+      if (chunk > 0) leave_seam(chunk - 1, 2, shared.edges[stage]);
+      if (chunk < plan.chunks - 1) leave_seam(chunk, 0, shared.right);
     }
-    if (kArriving) return;
     const ModalMode mode(p.in, channel0 + 2 * warp + lane / kModes, lane % kModes);
     barrier();
     finish_filter(mode);
     finish_featurizer();
   }
 
-  __device__ int64_t adjoint_at(int of_chunk, int q, int m) const {
-    return ((int64_t{batch} * (plan.chunks - 1) + of_chunk - 1) * p.in.width + channel0 + 2 * warp +
-            q) *
-               kModes +
-           lane / 4 + 8 * m;
-  }
-  __device__ void send_adjoint() const {
-    if (lane % 4 != 3) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      buffers.arriving[adjoint_at(chunk, i / 2, i % 2)] = adjoint[i / 2][i % 2];
-    }
-  }
-  /// What arrives from all chunks to the right.
+  /// Waits for the first pass and composes what arrives from all chunks to the right, into lanes 3
+  /// of the quads. The other lanes help: each of a quad composes one of its four.
   __device__ void start_adjoint() {
+    constexpr int kAtOnce = 16;  // loads on their way
+    const int own = lane % 4, channel = channel0 + 2 * warp + own / 2, n = lane / 4 + own % 2 * 8;
+    const FloatPair decay(ModalMode(p.in, channel, n).exact_power(plan.chunk_tiles * kTile));
+    wait_for_earlier_kernels();
+    const float* const from = buffers.arriving + arriving_at(p.in, plan, batch, chunk + 1, 0) +
+                              int64_t{channel} * kModes + n;
+    float h = 0.0f;
+    int of_chunk = 0;  // pieces of a chunk still to come
+    for (int left = (plan.chunks - 1 - chunk) * plan.pieces; left > 0; left -= kAtOnce) {
+      float x[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int q = i / 2, m = i % 2;
-      const FloatPair decay(ModalMode(p.in, channel0 + 2 * warp + q, lane / 4 + 8 * m)
-                                .exact_power(plan.chunk_tiles * kTile));
-      float h = 0.0f;
-      for (int c = plan.chunks - 1; c > chunk; --c) {
-        h = fmaf(decay.high, h, fmaf(decay.low, h, buffers.arriving[adjoint_at(c, q, m)]));
+      for (int i = 0; i < kAtOnce; ++i) {
+        x[i] = load_vector<float, 1>(from + (left - 1 - i) * p.in.width * kModes, i < left)[0];
       }
-      adjoint[q][m] = h;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i >= left) continue;
+        if (of_chunk == 0) {
+          h = fmaf(decay.high, h, decay.low * h);
+          of_chunk = plan.pieces;
+        }
+        h += x[i];
+        --of_chunk;
+      }
     }
-  }
-  __device__ void forget_sums() {
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-#pragma unroll
-      for (int i = 0; i < 6; ++i) lags[q][i] = 0.0f;
-#pragma unroll
-      for (int m = 0; m < 2; ++m) state_sum[q][m] = pole_sum[q][m] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 18; ++i) d_taps[i / 6][i / 2 % 3][i % 2] = 0.0f;
+    for (int i = 0; i < 4; ++i) adjoint[i / 2][i % 2] = __shfl_sync(~0u, h, lane / 4 * 4 + i);
   }
 
+  /// Two steps of the four around the seam between a chunk and the next: steps 0 and 1, or 2 and 3.
+  __device__ void leave_seam(int of_chunk, int step, const float (&dc)[3][2][kChannels]) const {
+    const unsigned thread = again_thread();
+    if (thread >= 6 * kChannels) return;
+    const int third = thread / (2 * kChannels), i = thread / kChannels % 2, c = thread % kChannels;
+    const int64_t row = (int64_t{batch} * (plan.chunks - 1) + of_chunk) * 4 + step + i;
+    buffers.seams[(row * 3 + third) * p.in.width + channel0 + c] = dc[third][i][c];
+  }
   __device__ int64_t part_of_sums() const { return int64_t{blockIdx.y} * plan.chunks + chunk; }
 
   /// The gradients of the two rows before the sequence, from the edges left last, those of
@@ -782,13 +790,17 @@ struct BackwardMarch {
   }
 };
 
-template <bool kEnds, bool kArriving>
+template <bool kEnds>
 __global__ void __launch_bounds__(kTeams* kTeamThreads, 1)
     modal_tensor_bwd_kernel(ModalBwdParams p, ModalTensorBwd plan, Buffers buffers) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
-  wait_for_earlier_kernels();
-  BackwardMarch<kEnds, kArriving> march(p, plan, buffers,
-                                        reinterpret_cast<TeamShared*>(shared_bytes));
+  BackwardMarch<kEnds> march(p, plan, buffers, reinterpret_cast<TeamShared*>(shared_bytes));
+  // The first pass waited for what came before it: what it does not make can be read before it
+  // ends.
+  if (plan.chunks == 1) {
+    march.ask();
+    wait_for_earlier_kernels();
+  }
   march.run();
 }
 
@@ -813,31 +825,62 @@ __device__ inline float warp_sum(const float* from, int64_t parts, int64_t width
   return sum;
 }
 
-/// Sums the partial sums: a warp for each mode of each group, twice, a thread for each gradient of
-/// skip and featurizer.
+/// Lanes that sum the partial sums of one mode of a group: those of a filter per channel are few.
+__host__ __device__ inline int sum_lanes(const ModalInputs& in) {
+  return in.groups == in.width ? 1 : 32;
+}
+
+/// Sums the partial sums: sum_lanes for each mode of each group, twice, a thread for each gradient
+/// of skip and featurizer. And a thread for each element of the last two rows of dz of a chunk.
 __global__ void __launch_bounds__(kSumThreads)
-    modal_tensor_sum_kernel(ModalBwdParams p, Buffers buffers, int64_t parts) {
+    modal_tensor_sum_kernel(ModalBwdParams p, ModalTensorBwd plan, Buffers buffers, int64_t parts) {
   wait_for_earlier_kernels();
   const ModalInputs& in = p.in;
-  const int64_t modes = in.groups * in.modes;
-  const int64_t thread = int64_t{blockIdx.x} * kSumThreads + threadIdx.x, warp = thread / 32;
-  if (warp < 2 * modes) {
-    const bool poles = warp < modes;
-    const int64_t i = poles ? warp : warp - modes, count = in.width / in.groups;
-    const float sum = warp_sum(poles ? buffers.dlog_poles : buffers.dresidues, parts, in.width,
-                               i / in.modes * count, count, in.modes, i % in.modes);
-    if (threadIdx.x % 32 == 0) static_cast<float*>(poles ? p.dlog_poles : p.dresidues)[i] = sum;
+  const int64_t modes = in.groups * in.modes, lanes = sum_lanes(in);
+  int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (i < 2 * modes * lanes) {
+    const bool poles = i < modes * lanes;
+    const float* const from = poles ? buffers.dlog_poles : buffers.dresidues;
+    const int64_t mode = i / lanes - (poles ? 0 : modes), count = in.width / in.groups;
+    float sum = 0.0f;
+    if (lanes == 1) {
+      for (int64_t part = 0; part < parts; ++part) sum += from[part * modes + mode];
+    } else {
+      sum = warp_sum(from, parts, in.width, mode / in.modes * count, count, in.modes,
+                     mode % in.modes);
+    }
+    if (i % lanes == 0) static_cast<float*>(poles ? p.dlog_poles : p.dresidues)[mode] = sum;
     return;
   }
-  const int64_t i = thread - 2 * modes * 32;
-  if (i >= 10 * in.width) return;
-  const bool skip = i < in.width;
-  const auto* const from =
-      static_cast<const float*>(skip ? buffers.dskip.data : buffers.dfeaturizer.data);
-  const int64_t columns = skip ? in.width : 9 * in.width, column = skip ? i : i - in.width;
-  float sum = 0.0f;
-  for (int64_t part = 0; part < parts; ++part) sum += from[part * columns + column];
-  (skip ? skip_gradient(p) : featurizer_gradient(p)).store(column, sum);
+  i -= 2 * modes * lanes;
+  if (i < 10 * in.width) {
+    const bool skip = i < in.width;
+    const auto* const from =
+        static_cast<const float*>(skip ? buffers.dskip.data : buffers.dfeaturizer.data);
+    const int64_t columns = skip ? in.width : 9 * in.width, column = skip ? i : i - in.width;
+    float sum = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) sum += from[part * columns + column];
+    (skip ? skip_gradient(p) : featurizer_gradient(p)).store(column, sum);
+    return;
+  }
+  i -= 10 * in.width;
+  const int64_t width = 3 * in.width, seam = i / (2 * width), column = i % width;
+  const int64_t r = i / width % 2, chunks = plan.chunks - 1;
+  if (seam >= in.batch * chunks) return;
+  const int64_t batch = seam / chunks;
+  const int64_t t = (seam % chunks + 1) * plan.chunk_tiles * kTile - 2 + r;
+  const float* const dc = buffers.seams + (4 * seam + r) * width + column;
+  float taps[3];
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    taps[k] = modal_parameter(in.featurizer, in.featurizer_is_T, column * 3 + k);
+  }
+  float dz = fmaf(taps[0], dc[0], fmaf(taps[1], dc[width], taps[2] * dc[2 * width]));
+  if (p.dfeaturizer_state_out != nullptr && t >= in.length - 2) {
+    const int64_t row = batch * 2 + t - (in.length - 2);
+    dz += kernels::load(static_cast<const Bf16*>(p.dfeaturizer_state_out) + row * width + column);
+  }
+  kernels::store(static_cast<Bf16*>(p.du) + (batch * in.length + t) * width + column, dz);
 }
 
 /// Whether the partial sums of the only part are the gradients.
@@ -862,13 +905,14 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
   const ModalTensorBwdWorkspace sizes(in, plan);
   Buffers buffers{};
   buffers.arriving = static_cast<float*>(p.workspace);
+  buffers.seams = buffers.arriving + sizes.arriving;
   if (is_direct(in, plan)) {
     buffers.dlog_poles = static_cast<float*>(p.dlog_poles);
     buffers.dresidues = static_cast<float*>(p.dresidues);
     buffers.dskip = skip_gradient(p);
     buffers.dfeaturizer = featurizer_gradient(p);
   } else {
-    buffers.dlog_poles = buffers.arriving + sizes.arriving;
+    buffers.dlog_poles = buffers.seams + sizes.seams;
     buffers.dresidues = buffers.dlog_poles + sizes.poles;
     float* const dskip = buffers.dresidues + sizes.poles;
     buffers.dskip = {dskip, false};
@@ -878,25 +922,31 @@ Status modal_tensor_bwd(const ModalBwdParams& p, const ModalTensorBwd& plan, voi
   const dim3 grid(static_cast<unsigned>(in.width / (plan.teams * kChannels)),
                   static_cast<unsigned>(plan.parts(in) / plan.chunks),
                   static_cast<unsigned>(plan.chunks));
-  const auto march = [&](auto* kernel, dim3 grid) {
+  const auto march = [&](auto* kernel) {
     const Status status = allow_shared_memory(kernel, shared);
     if (!status.ok()) return status;
     launch_early(kernel, grid, plan.teams * kTeamThreads, shared, s, p, plan, buffers);
     return launch_status(plan.name);
   };
-  const bool ends = p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr;
   if (plan.chunks > 1) {
-    const dim3 arriving(grid.x, grid.y, grid.z - 1);
-    const Status status = ends ? march(modal_tensor_bwd_kernel<true, true>, arriving)
-                               : march(modal_tensor_bwd_kernel<false, true>, arriving);
+    const Status status = allow_shared_memory(modal_tensor_arriving_kernel, sizeof(ArrivingShared));
     if (!status.ok()) return status;
+    const dim3 pieces(static_cast<unsigned>(in.width / kArrivingChannels), grid.y,
+                      static_cast<unsigned>((plan.chunks - 1) * plan.pieces));
+    launch_early(modal_tensor_arriving_kernel, pieces, kArrivingThreads, sizeof(ArrivingShared), s,
+                 p, plan, buffers.arriving);
+    const Status launched = launch_status(plan.name);
+    if (!launched.ok()) return launched;
   }
-  const Status status = ends ? march(modal_tensor_bwd_kernel<true, false>, grid)
-                             : march(modal_tensor_bwd_kernel<false, false>, grid);
+  const bool ends = p.dstate_out != nullptr || p.dfeaturizer_state_out != nullptr;
+  const Status status =
+      ends ? march(modal_tensor_bwd_kernel<true>) : march(modal_tensor_bwd_kernel<false>);
   if (!status.ok() || is_direct(in, plan)) return status;
-  const int64_t threads = 2 * in.groups * in.modes * 32 + 10 * in.width;
+  const int64_t threads = 2 * in.groups * in.modes * sum_lanes(in) + 10 * in.width +
+                          in.batch * (plan.chunks - 1) * 6 * in.width;
   const dim3 blocks(static_cast<unsigned>(ceil_div<int64_t>(threads, kSumThreads)));
-  launch_early(modal_tensor_sum_kernel, blocks, kSumThreads, 0, s, p, buffers, plan.parts(in));
+  launch_early(modal_tensor_sum_kernel, blocks, kSumThreads, 0, s, p, plan, buffers,
+               plan.parts(in));
   return launch_status(plan.name);
 }
 

@@ -57,7 +57,8 @@ struct Stage {
   float states[kChannels][kModes];  // before the tile
 };
 
-/// Per mode: lambda^16; residue lambda; what the scan of a tile lacks of lambda^256 (make_tables).
+/// Per mode: lambda^16; residue lambda; what the scan of a tile lacks of lambda^256
+/// (BackwardMarch::start).
 enum Constant { kDecay, kScale, kRest, kConstants };
 
 /// What a team has in shared memory.
@@ -71,6 +72,7 @@ struct TeamShared {
   /// Gradients of the featurizer's output at the first two steps of a tile, for the tile to its
   /// left.
   float edges[2][3][2][kChannels];
+  float right[3][2][kChannels];  // the same at the last two steps of a chunk, for the seam
 };
 
 /// Gradients of parameters, bfloat16 or float.
@@ -176,6 +178,23 @@ struct Pointers {
     powers = 256 * low + 128 * high + 16 * row;
   }
 };
+
+/// Lane n of half a warp gets the sum over its lanes of x[n]; x is used up.
+__device__ inline float sum_for_lane(float (&x)[kModes]) {
+  static_assert(kModes == 1 << 4);
+#pragma unroll
+  for (int bit = 3; bit >= 0; --bit) {
+    const int half = 1 << bit;
+    const bool upper = (threadIdx.x & half) != 0;
+#pragma unroll
+    for (int i = 0; i < kModes / 2; ++i) {
+      if (i >= half) continue;
+      const float first = x[i], second = x[i + half];
+      x[i] = (upper ? second : first) + __shfl_xor_sync(~0u, upper ? first : second, half);
+    }
+  }
+  return x[0];
+}
 
 /// What the scan over a tile's blocks makes of x at a block of the lane: x_k decay + sums_k from
 /// block to block. Lanes of a quad hold four blocks each.
