@@ -401,9 +401,11 @@ TEST(PhalanxCuda, MarchingKernels) {
       check({1, 99, 256, 64, 16, window}, at::kBFloat16, with_state);
     }
     for (const int64_t kv_heads : {1, 3, 10}) {  // shared by 2 and by 4 heads
-      for (const int64_t window : {16, 32, 64}) {
-        check({2, 301, 2 * kv_heads, kv_heads, 16, window}, at::kBFloat16, with_state);
-        check({1, 301, 4 * kv_heads, kv_heads, 16, window}, at::kFloat, with_state);
+      for (const int64_t window : {8, 16, 20, 32, 64, 100}) {
+        for (const int64_t group : {2, 4}) {
+          check({2, 301, group * kv_heads, kv_heads, 16, window}, at::kBFloat16, with_state);
+          check({1, 301, group * kv_heads, kv_heads, 16, window}, at::kFloat, with_state);
+        }
       }
     }
   }

@@ -542,7 +542,7 @@ TEST(SwrPlan, MarchingStripsCoverAllBlocks) {
     for (const int64_t length : {1, 100, 2048, 131072}) {
       for (const int64_t channels : {16, 1024, 4096}) {
         const auto plan = kernels::swr_march_plan(1, length, channels / 16, channels / 16, 16,
-                                                  window, 2, 280, 132, 227 << 10);
+                                                  window, 2, 288, 132, 227 << 10);
         EXPECT_EQ(plan.columns, channels == 16 ? 64 : 128);
         EXPECT_GE(plan.ctas * plan.columns * 2, channels);
         EXPECT_EQ(plan.max_blocks, kernels::swr_max_blocks(window, length));
@@ -559,8 +559,9 @@ TEST(SwrPlan, MarchingStripsCoverAllBlocks) {
 
 TEST(SwrPlan, MarchTakesWhatFitsInSharedMemory) {
   const auto columns = [](int64_t window, int64_t group, int64_t shared_kb) {
-    const auto plan = kernels::swr_march_plan(1, 2048, 256, 256 / group, 16, window, 2, 280, 132,
-                                              shared_kb << 10);
+    const int64_t slot_bytes = group == 1 ? 288 : 448;
+    const auto plan = kernels::swr_march_plan(1, 2048, 256, 256 / group, 16, window, 2, slot_bytes,
+                                              132, shared_kb << 10);
     return plan.columns;
   };
   // An H100, an A100 and smaller cards.
@@ -570,17 +571,31 @@ TEST(SwrPlan, MarchTakesWhatFitsInSharedMemory) {
   EXPECT_EQ(columns(32, 1, 163), 64);
   EXPECT_EQ(columns(32, 1, 99), 0);
   EXPECT_EQ(columns(64, 1, 99), 64);
-  // Heads that share a kv head lie in neighbouring warps of a CTA.
-  EXPECT_EQ(columns(16, 4, 163), 128);
-  EXPECT_EQ(columns(16, 4, 99), 0);
-  EXPECT_EQ(columns(16, 2, 99), 64);
-  // They take a slot more where there is room.
-  const auto spare = [](int64_t window, int64_t shared_kb) {
-    return kernels::swr_march_plan(1, 2048, 16, 4, 16, window, 2, 280, 132, shared_kb << 10)
-        .spare_slot;
-  };
-  EXPECT_TRUE(spare(16, 227) && spare(64, 227));
-  EXPECT_FALSE(spare(32, 227) || spare(16, 163));
+  // A thread owns two of the heads that share a kv head, and so more of the ring.
+  for (const int64_t group : {2, 4}) {
+    EXPECT_EQ(columns(16, group, 227), 128);
+    EXPECT_EQ(columns(32, group, 227), 64);
+    EXPECT_EQ(columns(64, group, 227), 128);
+    EXPECT_EQ(columns(16, group, 163), 64);
+    EXPECT_EQ(columns(32, group, 163), 0);
+    EXPECT_EQ(columns(16, group, 99), 0);
+    EXPECT_EQ(columns(64, group, 99), 64);
+  }
+}
+
+// Where steps start with a block there is none more than they fill, and none is planned for.
+TEST(SwrPlan, StripsOfAlignedSteps) {
+  EXPECT_EQ(kernels::swr_max_blocks(16, 2048, true), 128);
+  EXPECT_EQ(kernels::swr_max_blocks(16, 2049, true), 129);
+  EXPECT_EQ(kernels::swr_max_blocks(16, 1, true), 1);
+  for (const bool aligned : {false, true}) {
+    const auto plan =
+        kernels::swr_march_plan(1, 2048, 256, 64, 16, 16, 2, 448, 132, 227 << 10, aligned);
+    EXPECT_EQ(plan.ctas, 8);
+    EXPECT_EQ(plan.strips, aligned ? 16 : 15);
+    EXPECT_EQ(plan.strip_blocks, aligned ? 8 : 9);
+    EXPECT_EQ(plan.max_blocks, 129);  // of what the forward has saved
+  }
 }
 
 TEST(SwrPlan, LongWindowsAndFullRecurrencesSave) {

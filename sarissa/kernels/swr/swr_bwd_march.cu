@@ -13,7 +13,13 @@
 //
 // A chunk needs x at its start. Short windows: the front folds each chunk into its end state from
 // zero (E) and its product (G); block n starts from the fold of block n - 1. Long windows: the
-// forward has saved x at every chunk's start, and T (SwrSaved).
+// forward has saved x at every chunk's start, and T (SwrSaved). A chunk's second half starts from
+// the fold of the first.
+//
+// Heads that share a kv head: a thread owns the same channels of two of them, so that b, c and the
+// gate are there once for both, and adds their shares of the gradients of b and c in registers. Of
+// four heads two more are kLanes lanes further: those two threads pass each other what they have,
+// and one is left with the gradient of c, the other with that of b, both (h0 + h1) + (h2 + h3).
 //
 // The block to the right of the strip is walked first, for q alone. Steps outside the sequence have
 // a = 1 and zeros. Sums over a head's channels are butterflies over its lanes. No atomics.
@@ -23,53 +29,75 @@
 namespace sarissa::kernels {
 namespace {
 
-/// kLanes neighbouring lanes own a head; a CTA has kColumns columns.
-template <class T, int kLanes, bool kSaved, int kColumns>
+/// kGroup heads share a kv head. A thread owns kOwn of them, and kParts threads, kLanes lanes
+/// apart, share the columns of b and c. A CTA has kColumns threads to a role.
+template <class T, int kLanes, bool kSaved, int kGroup, int kColumns>
 struct March {
   static constexpr int V = kSwrMarchBytes / sizeof(T);  // channels of a column
-  static constexpr int kHeads = 32 / kLanes;            // heads of a warp
-  using Decays = MarchDecays<T, kHeads>;
+  static constexpr int kOwn = swr_march_own_heads(kGroup);
+  static constexpr int kParts = kGroup / kOwn;
+  static constexpr int kGateColumns = kColumns / kParts;
+  /// A chunk is walked in runs of rows. Unrolled whole, the loops over it, the front's and the
+  /// back's, would not fit in the instruction cache, nor the states of two heads in the registers.
+  static constexpr int kRuns = 2, kRun = kChunk / kRuns;
+  using Decays = MarchDecays<T, 32 / kLanes * kOwn>;
 
-  /// A chunk of the ring: a thread reads only its own column.
+  /// A chunk of the ring.
   struct alignas(16) Rows {
-    Vector<T, V> b[kChunk][kColumns], v[kChunk][kColumns];
-    Vector<T, V> c[kChunk][kColumns], dy[kChunk][kColumns];
+    Vector<T, V> b[kChunk][kGateColumns], v[kChunk][kOwn * kColumns];
+    Vector<T, V> c[kChunk][kGateColumns], dy[kChunk][kOwn * kColumns];
     typename Decays::Shared decays[kColumns / 32];
   };
-  struct FoldedRows : Rows {
-    float end_state[V][kColumns];  // E; from the back's entry into the block on: x at its start
-    float product[kColumns];       // G
+  struct GatedRows : Rows {
+    Vector<float, V> gates[kChunk][kGateColumns];  // sigmoid(b), once for all threads
   };
-  using Slot = std::conditional_t<kSaved, Rows, FoldedRows>;
+  using AllRows = std::conditional_t<kParts == 1, Rows, GatedRows>;
+  /// What the front makes of a column's rows: end states from zero and products up to the end of
+  /// each run, with the last run those of the chunk, E and G. In the place of E is x at the chunk's
+  /// start from the back's entry into the block on, or, when saved, from the beginning, and then in
+  /// the place of G the block's T.
+  struct FoldedRows : AllRows {
+    Vector<float, kOwn * V> end_state[kRuns][kColumns];
+    Vector<float, kOwn> product[kRuns][kColumns];
+  };
+  struct SavedRows : FoldedRows {
+    Vector<float, kOwn * V> carry[kColumns];  // v, with the last chunk of a block
+  };
+  using Slot = std::conditional_t<kSaved, SavedRows, FoldedRows>;
+
+  /// Where word i of a warp's row of v or dy lies: with two heads to a thread such that the lanes
+  /// meet no bank twice when each reads its first head, or its second.
+  __device__ static int place(int i) { return kOwn == 1 ? i : i ^ (i / 32 % 2 * kLanes); }
 };
 
-/// Barriers: of all threads between two steps; of the front when shares are added; and, from
-/// kPairBarrier on, of a warp of the front and the one of the back that takes the same columns.
-enum MarchBarrier { kStepBarrier, kGroupBarrier, kPairBarrier };
+/// Barriers: of all threads between two steps; and, from kPairBarrier on, of a warp of the front
+/// and the one of the back that takes the same columns.
+enum MarchBarrier { kStepBarrier, kPairBarrier };
 
-/// A share of a gradient in the place of a row's channels.
-template <class Channels>
-__device__ inline void put(Channels& to, float x) {
-  static_assert(sizeof(Channels) == sizeof(float));
-  memcpy(&to, &x, sizeof(float));
-}
-template <class Channels>
-__device__ inline float get(const Channels& from) {
-  float x;
-  memcpy(&x, &from, sizeof(float));
-  return x;
+/// sigmoid(b) of row i in column `at`: where threads share it, the front has put it into the ring.
+template <class T, int kParts, class Slot>
+__device__ inline auto input_gate(const Slot& slot, int i, int at) {
+  if constexpr (kParts > 1) {
+    return slot.gates[i][at];
+  } else {
+    const auto b = slot.b[i][at];
+    constexpr int V = kSwrMarchBytes / sizeof(T);
+    Vector<float, V> gate;
+#pragma unroll
+    for (int k = 0; k < V; ++k) gate.at[k] = sigmoid<T>(b[k]);
+    return gate;
+  }
 }
 
-// kGroup: heads that share a kv head; they are at the same lanes of neighbouring warps of the back.
-// Their shares of the gradients of b and c take the place of a chunk's rows in the ring, and the
-// front adds them in the next step, in head order; a spare slot keeps them so long. kWidth: the
-// channels H P, known when compiled, of one packed row per step, or 0: then all strides are
-// constants and the addresses of a chunk's rows cost nothing.
+// kWidth: the channels H P, known when compiled, of one packed row per step, or 0: then all strides
+// are constants and the addresses of a chunk's rows cost nothing.
 template <class T, int kLanes, bool kSaved, int kGroup, int kWidth, int kColumns>
 __global__ void __launch_bounds__(2 * kColumns, 1)
     swr_bwd_march_kernel(SwrBwdParams params, SwrMarch plan) {
-  using M = March<T, kLanes, kSaved, kColumns>;
-  constexpr int V = M::V;
+  using M = March<T, kLanes, kSaved, kGroup, kColumns>;
+  constexpr int V = M::V, kOwn = M::kOwn, kParts = M::kParts;
+  constexpr int kRun = M::kRun, kRuns = M::kRuns, kLastRun = kRuns - 1;
+  constexpr int kHeadWidth = kLanes * V;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<typename M::Slot*>(shared_bytes);
   const SwrInputs& in = params.in;
@@ -92,29 +120,46 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
   const int warm = kSaved || first == 0 ? first : first - 1;  // the last block whose b, v are read
   const int K = plan.chunks_per_block;
 
-  // Warps w, w + 1, ... of a group: one slice of kv channels, one head each. Columns beyond the
-  // channels repeat the last ones, and nothing is stored for them.
-  const int member = warp % kGroup;
-  const int64_t slice = column * (kColumns / 32 / kGroup) + warp / kGroup;
+  // A warp's words of b: kGateWords; of v: kGroup to each. Columns beyond the channels repeat the
+  // last ones, and nothing is stored for them.
+  constexpr int kGateWords = 32 / kParts, kWords = 32 * kOwn;
+  const int64_t slice = column * (kColumns / 32) + warp;
   const int64_t channels = in.heads * in.width, gate_channels = in.kv_heads * in.width;
   struct Column {
     bool active;
     int64_t gate_channel, h, p;
   };
-  const auto column_of = [&](int lane) {
-    int64_t gate_channel = (slice * 32 + lane) * V;
+  // The channels of word `gate_word` of b, of its kv head's head `member`.
+  const auto column_of = [&](int gate_word, int member) {
+    int64_t gate_channel = (slice * kGateWords + gate_word) * V;
     const bool active = gate_channel < gate_channels;
     if (!active) gate_channel = gate_channels - in.width + gate_channel % in.width;
     return Column{active, gate_channel, gate_channel / in.width * kGroup + member,
                   gate_channel % in.width};
   };
+  // The same of word `word` of v.
+  const auto column_of_word = [&](int word) {
+    if constexpr (kGroup == 1) return column_of(word, 0);
+    return column_of(word / (kGroup * kLanes) * kLanes + word % kLanes, word / kLanes % kGroup);
+  };
+  // The thread's words of b, and of v and dy for its heads; its first head among the warp's.
+  const int part = kParts == 1 ? 0 : lane / kLanes % kParts;
+  const int gate_word = kParts == 1 ? lane : lane / (kParts * kLanes) * kLanes + lane % kLanes;
+  const int gate_at = kParts == 1 ? tid : warp * kGateWords + gate_word;
+  const int my_head = lane / kLanes * kOwn;
+  const int word = kOwn == 1 ? lane : my_head * kLanes + lane % kLanes;
+  int at[kOwn];
+#pragma unroll
+  for (int m = 0; m < kOwn; ++m) {
+    at[m] = kOwn == 1 ? tid : warp * kWords + M::place(word + m * kLanes);
+  }
   constexpr int64_t kGates = kWidth / kGroup;
-  constexpr int64_t kRow = kWidth / (kLanes * V) + 2 * kGates + kWidth;
+  constexpr int64_t kRow = kWidth / kHeadWidth + 2 * kGates + kWidth;
   // Whether v follows c at the same place.
   constexpr bool kPackedV = kWidth > 0 && kGroup == 1;
   // Whether every row of a chunk exists; its block is not beyond the strip's.
   const bool full_chunks =
-      grid.window % kChunk == 0 && (column + 1) * (kColumns / kGroup) * V <= gate_channels;
+      grid.window % kChunk == 0 && (column + 1) * M::kGateColumns * V <= gate_channels;
   const auto is_full = [&](const Cursor& chunk) {
     return full_chunks && (chunk.n > 0 || grid.index == 0) &&
            (chunk.n < blocks - 1 || (chunk.n == blocks - 1 && last_complete));
@@ -128,10 +173,10 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
   const Cursor rightmost{end, K - 1, plan.slots - 1};
 
   // Between two steps the back waits for what the front has made ready, and the front for slots
-  // that the back has left. Where nothing is folded, it is faster to let the pairs of warps go
-  // their way, but not far: a row's parts should be read and written at about the same time.
+  // that the back has left. With saved states it is faster to let the pairs of warps go their way,
+  // but not far: a row's parts should be read and written at about the same time.
   const auto meet_step = [&](int step) {
-    constexpr int kMeetAll = kSaved && kGroup == 1 ? 16 : 1;
+    constexpr int kMeetAll = kSaved ? 16 : 1;
     if (step % kMeetAll == 0) {
       meet<2 * kColumns>(kStepBarrier);
     } else {
@@ -139,33 +184,55 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     }
   };
 
+  // Calls run(m, k) for channel k of head m of the thread's.
+  const auto for_own = [](const auto& run) {
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) run(m, k);
+    }
+  };
+  const auto pack = [&](const float(&x)[kOwn][V]) {
+    Vector<float, kOwn * V> packed;
+    for_own([&](int m, int k) { packed.at[m * V + k] = x[m][k]; });
+    return packed;
+  };
+
   if (is_front) {
     const int64_t gate_step = kWidth > 0 ? kRow : in.gate_step;
     const int64_t v_step = kWidth > 0 ? kRow : in.u_step;
     const int64_t dy_step = kWidth > 0 ? kWidth : params.dx_step;
-    // Rows aligned to 16 bytes are copied in units of 16, by a warp's lanes for each other: kUnits
-    // to a row, so several rows at once.
+    // Rows aligned to 16 bytes are copied in units of 16, by a warp's lanes for each other, several
+    // rows at once; otherwise in words, several gate rows at once, but v and dy head by head.
     const bool wide = kWidth > 0 || plan.wide;
-    constexpr int kUnits = 32 * kSwrMarchBytes / 16;
+    constexpr int kUnit = 16 / kSwrMarchBytes;                               // words
+    constexpr int kUnits = kWords / kUnit, kGateUnits = kGateWords / kUnit;  // of a row
     const int unit_row = wide ? lane / kUnits : 0;
-    const int unit_lane = wide ? lane % kUnits * (32 / kUnits) : lane;
-    const int unit_tid = tid - lane + unit_lane;
-    const Column unit = column_of(unit_lane);
-    const SwrChannel<T, true> at(in, row, unit.h, unit.p);
-    const T* const b_in = at.b;
-    const T* const c_in = kWidth > 0 ? b_in + kGates : at.c;
-    const T* const v_in = kPackedV ? b_in + 2 * kWidth : at.u;
+    const int unit_word = wide ? lane % kUnits * kUnit : word;
+    const int unit_at = warp * kWords + M::place(unit_word);
+    const int gate_unit_row = wide ? lane / kGateUnits : lane / kGateWords;
+    const int gate_unit_at =
+        warp * kGateWords + (wide ? lane % kGateUnits * kUnit : lane % kGateWords);
+    const Column unit = column_of_word(unit_word);
+    const Column gate_unit = kGroup == 1 ? unit : column_of(gate_unit_at - warp * kGateWords, 0);
+    const SwrChannel<T, true> at_unit(in, row, unit.h, unit.p);
+    const SwrChannel<T, true> at_gate_unit(in, row, gate_unit.h, gate_unit.p);
+    const T* const b_in = at_gate_unit.b;
+    const T* const c_in = kWidth > 0 ? b_in + kGates : at_gate_unit.c;
+    const T* const v_in = kPackedV ? b_in + 2 * kWidth : at_unit.u;
     const T* const dy_in =
         static_cast<const T*>(params.dx) + row * params.dx_batch + unit.h * params.dx_head + unit.p;
     // Copies a chunk, or asks the L2 cache for it.
     const auto bring_units = [&]<int kBytes, bool kInside, bool kPrefetch>(const Cursor& chunk) {
-      constexpr int kTogether = kBytes / kSwrMarchBytes;
+      constexpr bool kWide = kBytes == 16;
+      constexpr int kTogether = kWide ? 32 / kUnits : 1;
+      constexpr int kGateTogether = 32 / (kWide ? kGateUnits : kGateWords);
       const Rows rows(grid, chunk);
       const bool folded = chunk.n < end && chunk.n >= warm, walked = chunk.n >= first;
       auto& slot = slots[chunk.slot];
-      const int64_t t = rows.t0 + unit_row;
-      const T *b = b_in + t * gate_step, *c = c_in + t * gate_step, *v = v_in + t * v_step;
-      const T* dy = dy_in + t * dy_step;
+      const int64_t t = rows.t0 + unit_row, gate_t = rows.t0 + gate_unit_row;
+      const T *b = b_in + gate_t * gate_step, *c = c_in + gate_t * gate_step;
+      const T *v = v_in + t * v_step, *dy = dy_in + t * dy_step;
       const auto bring_unit = [](void* to, const T* from, bool good) {
         if constexpr (kPrefetch) {
           prefetch(from, good);
@@ -175,15 +242,20 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
       };
 #pragma unroll
       for (int k = 0; k < kChunk; k += kTogether) {
+        if (k % kGateTogether == 0) {
+          const int i = k + gate_unit_row;
+          bring_unit(&slot.b[i][gate_unit_at], b, kInside || (folded && rows.has(i)));
+          bring_unit(&slot.c[i][gate_unit_at], c, kInside || (walked && rows.has(i)));
+          b += kGateTogether * gate_step;
+          c += kGateTogether * gate_step;
+        }
         const int i = k + unit_row;
-        const bool good_bv = kInside || (folded && rows.has(i));
-        const bool good_c_dy = kInside || (walked && rows.has(i));
-        bring_unit(&slot.b[i][unit_tid], b, good_bv);
-        bring_unit(&slot.v[i][unit_tid], v, good_bv);
-        bring_unit(&slot.c[i][unit_tid], c, good_c_dy);
-        bring_unit(&slot.dy[i][unit_tid], dy, good_c_dy);
-        b += kTogether * gate_step;
-        c += kTogether * gate_step;
+#pragma unroll
+        for (int m = 0; m < (kWide ? 1 : kOwn); ++m) {
+          const int to = kWide ? unit_at : at[m];
+          bring_unit(&slot.v[i][to], v + m * in.u_head, kInside || (folded && rows.has(i)));
+          bring_unit(&slot.dy[i][to], dy + m * params.dx_head, kInside || (walked && rows.has(i)));
+        }
         v += kTogether * v_step;
         dy += kTogether * dy_step;
       }
@@ -205,42 +277,67 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     }
     bring.template operator()<false>(front);
     copies_commit();
-    typename M::Decays decays(in, grid, row, slice * 32 * V / in.width * kGroup + member, kGroup);
+    typename M::Decays decays(in, grid, row, slice * kGateWords * V / in.width * kGroup);
     decays.template fetch<false>(front);
-    const int my_head = lane / kLanes;
 
-    // Adds the shares that the back has left of the chunk it walked last, this warp those of every
-    // kGroup-th row.
-    Cursor walked = rightmost;
-    const auto add_shares = [&] {
-      if constexpr (kGroup > 1) {
-        if (walked.n < end) {
-          const Rows rows(grid, walked);
-          const auto& slot = slots[walked.slot];
-          const Column mine = column_of(lane);
-          const int64_t dgate_step = kWidth > 0 ? kRow : params.dgate_step;
-          const int64_t at = row * in.length * dgate_step + mine.gate_channel;
-          T* const db = static_cast<T*>(params.db) + at;
-          T* const dc = kWidth > 0 ? db + kGates : static_cast<T*>(params.dc) + at;
+    // What the forward saved for a chunk, fetched a step before it is needed: x at its start, and
+    // of the last chunk of a block the block's v and T.
+    [[maybe_unused]] Vector<float, kOwn * V> start{}, carry{};
+    [[maybe_unused]] Vector<float, kOwn> product{};
+    const Column own = column_of(gate_word, part * kOwn);
+    const auto fetch_saved = [&](const Cursor& chunk) {
+      if (!kSaved || chunk.n < first || chunk.n >= end) return;
+      const SwrSaved& saved = params.saved;
+      const auto state = [&](int chunk, auto& to) {
+        const float* const from = static_cast<const float*>(saved.states) +
+                                  (row * saved.chunks + chunk) * channels + own.h * in.width +
+                                  own.p;
 #pragma unroll
-          for (int i = member; i < kChunk; i += kGroup) {
-            float db_sum[V] = {}, dc_sum[V] = {};
+        for (int m = 0; m < kOwn; ++m) {
+          const auto x = load_vector<float, V>(from + m * kHeadWidth);
 #pragma unroll
-            for (int k = 0; k < V; ++k) {
+          for (int k = 0; k < V; ++k) to.at[m * V + k] = x[k];
+        }
+      };
+      state(chunk.n * K + chunk.j, start);
+      if (chunk.j < K - 1) return;
 #pragma unroll
-              for (int m = 0; m < kGroup; ++m) {
-                const int from = tid + (m - member) * 32;
-                db_sum[k] += get(k == 0 ? slot.b[i][from] : slot.v[i][from]);
-                dc_sum[k] += get(k == 0 ? slot.c[i][from] : slot.dy[i][from]);
-              }
-            }
-            if (mine.active && rows.has(i)) {
-              store_vector<T, V>(db + int64_t{rows.t0 + i} * dgate_step, db_sum);
-              store_vector<T, V>(dc + int64_t{rows.t0 + i} * dgate_step, dc_sum);
-            }
+      for (int m = 0; m < kOwn; ++m) {
+        product.at[m] = static_cast<const float*>(
+            saved.products)[(row * plan.max_blocks + chunk.n) * in.heads + own.h + m];
+      }
+      if (chunk.n > 0) {
+        state(chunk.n * K, carry);
+      } else {
+        for_own([&](int m, int k) {
+          carry.at[m * V + k] = SwrStart<float>(in, row, own.h + m, own.p + k).v;
+        });
+      }
+    };
+
+    // Up to the end of each run the end state from zero and the product. When saved, those of the
+    // whole chunk are not needed.
+    const auto fold = [&](auto& slot) {
+      float w[kOwn][V] = {}, r[kOwn];
+#pragma unroll
+      for (int m = 0; m < kOwn; ++m) r[m] = 1.0f;
+#pragma unroll 1
+      for (int run = 0; run < (kSaved ? kLastRun : kRuns); ++run) {
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) {
+          const int i = run * kRun + k;
+          const auto a = load_vector<float, kOwn>(&slot.decays[warp][i][my_head]);
+          const auto gate = input_gate<T, kParts>(slot, i, gate_at);
+#pragma unroll
+          for (int m = 0; m < kOwn; ++m) {
+            const Vector<T, V> v = slot.v[i][at[m]];
+            r[m] *= a[m];
+#pragma unroll
+            for (int k = 0; k < V; ++k) w[m][k] = a[m] * w[m][k] + gate[k] * v[k];
           }
         }
-        walked.retreat(plan);
+        slot.end_state[run][tid] = pack(w);
+        slot.product[run][tid].set(r);
       }
     };
     const auto front_step = [&]<bool kInside>() {
@@ -251,51 +348,46 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
       if (kInside || front.n >= warm) {
         decays.template share<kInside>(front, slot.decays[warp]);
       }
+      if constexpr (kSaved) {
+        slot.end_state[kLastRun][tid] = start;
+        slot.product[kLastRun][tid] = product;
+        slot.carry[tid] = carry;
+      }
       Cursor next = front;
       next.retreat(plan);
       if (kInside || next.n >= warm) decays.template fetch<kInside>(next);
+      fetch_saved(next);
       copies_wait<kSwrMarchAhead>();
       __syncwarp();  // other lanes' copies are there too
-      if constexpr (!kSaved) {
-        if (kInside || (warm <= front.n && front.n < end)) {
-          auto& coefficients = slot.decays[warp];
-          float w[V] = {}, r = 1.0f;
+      if (kInside || (warm <= front.n && front.n < end)) {
+        if constexpr (kParts > 1) {
 #pragma unroll
-          for (int i = 0; i < kChunk; ++i) {
-            const float a = coefficients[i][my_head];
-            const Vector<T, V> b = slot.b[i][tid], v = slot.v[i][tid];
-            r *= a;
+          for (int k = 0; k < kChunk; k += kParts) {
+            const Vector<T, V> b = slot.b[k + part][gate_at];
+            float gate[V];
 #pragma unroll
-            for (int k = 0; k < V; ++k) w[k] = a * w[k] + sigmoid<T>(b[k]) * v[k];
+            for (int j = 0; j < V; ++j) gate[j] = sigmoid<T>(b[j]);
+            slot.gates[k + part][gate_at].set(gate);
           }
-#pragma unroll
-          for (int k = 0; k < V; ++k) slot.end_state[k][tid] = w[k];
-          slot.product[tid] = r;
+          __syncwarp();
         }
+        fold(slot);
       }
       front = next;
     };
     for (int step = 0; step < steps; ++step) {
       meet_step(step);
-      if (kGroup > 1 && step > lag) {
-        add_shares();
-        if (!plan.spare_slot) meet<kColumns>(kGroupBarrier);  // before the slot is filled again
-      }
       if (front.n < end && is_full(front) && copied.n >= first && is_full(copied)) {
         front_step.template operator()<true>();
       } else {
         front_step.template operator()<false>();
       }
     }
-    if constexpr (kGroup > 1) {
-      meet_step(steps);
-      add_shares();
-    }
     return;
   }
 
   if (early) wait_for_earlier_kernels();
-  const auto [active, gate_channel, h, p] = column_of(lane);
+  const auto [active, gate_channel, h, p] = column_of(gate_word, part * kOwn);
   const int64_t channel = h * in.width + p;
   const int64_t dgate_step = kWidth > 0 ? kRow : params.dgate_step;
   const int64_t dv_step = kWidth > 0 ? kRow : params.du_step;
@@ -306,46 +398,22 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
       kWidth > 0 ? db + kGates : static_cast<T*>(params.dc) + out_row * dgate_step + gate_channel;
   T* const dv =
       kPackedV ? db + 2 * kWidth : static_cast<T*>(params.du) + out_row * dv_step + channel;
+  // Of two threads that share columns of b and c one stores dc and the other db.
+  T* const dgate = part == 0 ? dc : db;
   const float inverse_decay_max = 1.0f / static_cast<float>(in.decay_max);
   const auto read = [](const void* x, int64_t i) {
     return x != nullptr ? static_cast<const float*>(x)[i] : 0.0f;
   };
-  const int64_t head = row * in.heads + h;
+  const int64_t head = row * in.heads + h;    // the thread's first
   const int64_t state = head * in.width + p;  // of the thread's first channel
-  const int my_head = lane / kLanes;
 
-  // What the forward saved, one chunk and one block ahead: x at the chunk's start; v and T.
-  float x_saved[V], v_saved[V], T_saved;
-  const auto saved_state = [&](int chunk, float* to) {
-    const SwrSaved saved = params.saved;
-    const float* from =
-        static_cast<const float*>(saved.states) + (row * saved.chunks + chunk) * channels + channel;
-    const auto x = load_vector<float, V>(from);
+  const auto state_of = [&](int m, int k) { return state + m * kHeadWidth + k; };
+  float x_start[kOwn][V];  // x at the start of the chunk that is walked
+  float q[kOwn][V] = {}, arriving[kOwn][V] = {};
+  float product[kOwn];  // of the block's coefficients: all (folded), or those walked (saved)
+  float Tqv[kOwn] = {};
 #pragma unroll
-    for (int k = 0; k < V; ++k) to[k] = x[k];
-  };
-  const auto fetch_state = [&](const Cursor& chunk) {
-    if constexpr (kSaved) {
-      if (chunk.n >= first && chunk.n < end) saved_state(chunk.n * K + chunk.j, x_saved);
-    }
-  };
-  const auto fetch_block = [&](int n) {
-    if constexpr (kSaved) {
-      if (n < first) return;
-      T_saved = static_cast<const float*>(
-          params.saved.products)[(row * plan.max_blocks + n) * in.heads + h];
-      if (n > 0) {
-        saved_state(n * K, v_saved);
-      } else {
-#pragma unroll
-        for (int k = 0; k < V; ++k) v_saved[k] = SwrStart<float>(in, row, h, p + k).v;
-      }
-    }
-  };
-  fetch_block(end - 1);
-  float v[V] = {}, q[V] = {}, arriving[V] = {};
-  float product = 1.0f;  // of the block's coefficients: all (folded), or those walked (saved)
-  float Tqv = 0.0f;
+  for (int m = 0; m < kOwn; ++m) product[m] = 1.0f;
   Cursor back = rightmost;
 
   // The halo: only its adjoint.
@@ -353,95 +421,112 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     const auto& slot = slots[back.slot];
 #pragma unroll
     for (int i = kChunk - 1; i >= 0; --i) {
-      const float a = slot.decays[warp][i][my_head];
-      const Vector<T, V> c = slot.c[i][tid], dy = slot.dy[i][tid];
+      const Vector<float, kOwn> a = load_vector<float, kOwn>(&slot.decays[warp][i][my_head]);
+      const Vector<T, V> c = slot.c[i][gate_at];
 #pragma unroll
-      for (int k = 0; k < V; ++k) arriving[k] = a * (dy[k] * c[k] + arriving[k]);
+      for (int m = 0; m < kOwn; ++m) {
+        const Vector<T, V> dy = slot.dy[i][at[m]];
+#pragma unroll
+        for (int k = 0; k < V; ++k) arriving[m][k] = a[m] * (dy[k] * c[k] + arriving[m][k]);
+      }
+    }
+  };
+  // From the sums of pw x of a run, which starts at row `from`, to gradients of the logits.
+  const auto store_da = [&]<bool kInside>(const Rows& rows, int from, auto& sums) {
+    constexpr int kRows = kLanes < kRun ? kRun / kLanes : 1;
+    constexpr int kSame = kLanes < kRun ? 1 : kLanes / kRun;  // lanes that hold the same row
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m) {
+      const int begin = from + reduce_scatter<kLanes, kRun>(sums[m], lane);
+      if ((kInside || active) && lane % kSame == 0) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          if (kInside || rows.has(begin + i)) {
+            const float a = slots[back.slot].decays[warp][begin + i][my_head + m];
+            store(da + (rows.t0 + begin + i) * params.da_step + m,
+                  (1.0f - a * inverse_decay_max) * (a * sums[m][i] - Tqv[m]));
+          }
+        }
+      }
     }
   };
   // The gradients of a chunk.
   const auto back_step = [&]<bool kInside>() {
     const Rows rows(grid, back);
-    auto& slot = slots[back.slot];
-    float x[kChunk + 1][V], gates[kChunk][V], share[kChunk], a[kChunk];
-    // Read before shares take the rows' places: around those nothing could be read ahead.
-    Vector<T, V> v_in[kChunk], c_in[kChunk], dy[kChunk];
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      a[i] = slot.decays[warp][i][my_head];
-      v_in[i] = slot.v[i][tid];
-      c_in[i] = slot.c[i][tid];
-      dy[i] = slot.dy[i][tid];
-    }
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      if constexpr (kSaved) {
-        x[0][k] = x_saved[k];
-      } else {
-        x[0][k] = slot.end_state[k][tid];
-      }
-    }
-    Cursor next = back;
-    next.retreat(plan);
-    fetch_state(next);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if constexpr (kSaved) product *= a[i];
-      const Vector<T, V> b_in = slot.b[i][tid];
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        gates[i][k] = sigmoid<T>(b_in[k]);
-        x[i + 1][k] = a[i] * x[i][k] + gates[i][k] * v_in[i][k];
-      }
-    }
+    const auto& slot = slots[back.slot];
     const int64_t last_row = rows.t0 + kChunk - 1;
     T* db_i = db + last_row * dgate_step;
     T* dc_i = kWidth > 0 ? db_i + kGates : dc + last_row * dgate_step;
     T* dv_i = kPackedV ? db_i + 2 * kWidth : dv + last_row * dv_step;
-#pragma unroll
-    for (int i = kChunk - 1; i >= 0; --i) {
-      float dci[V], dvi[V], dbi[V], sum = 0.0f;
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const float g = dy[i][k], gate = gates[i][k];
-        const float pw = g * c_in[i][k] + arriving[k];
-        arriving[k] = a[i] * pw;
-        sum += pw * x[i][k];
-        const float du = pw * gate;
-        dci[k] = g * x[i + 1][k];
-        dvi[k] = g + du;
-        const float dgate = du * v_in[i][k];
-        dbi[k] = dgate - dgate * gate;
+    T* dgate_i = dgate + last_row * dgate_step;
+#pragma unroll 1
+    for (int run = kLastRun; run >= 0; --run) {
+      const int from = run * kRun;
+      float x[kOwn][kRun + 1][V], share[kOwn][kRun];
+      Vector<float, V> gates[kRun];
+      for_own([&](int m, int k) { x[m][0][k] = x_start[m][k]; });
+      if (run > 0) {
+        const auto E = slot.end_state[run - 1][tid];
+        const auto G = slot.product[run - 1][tid];
+        for_own([&](int m, int k) { x[m][0][k] = G[m] * x_start[m][k] + E[m * V + k]; });
       }
-      share[i] = (1.0f - a[i] * inverse_decay_max) * (a[i] * sum - Tqv);
-      if (kInside || (active && rows.has(i))) {
-        if constexpr (kGroup == 1) {
-          store_vector<T, V>(dc_i, dci);
-          store_vector<T, V>(db_i, dbi);
-        }
-        store_vector<T, V>(dv_i, dvi);
-      }
-      if constexpr (kGroup > 1) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          put(k == 0 ? slot.b[i][tid] : slot.v[i][tid], dbi[k]);
-          put(k == 0 ? slot.c[i][tid] : slot.dy[i][tid], dci[k]);
+      for (int i = 0; i < kRun; ++i) {
+        const auto a = load_vector<float, kOwn>(&slot.decays[warp][from + i][my_head]);
+        gates[i] = input_gate<T, kParts>(slot, from + i, gate_at);
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m) {
+          const Vector<T, V> v_in = slot.v[from + i][at[m]];
+          if constexpr (kSaved) product[m] *= a[m];
+#pragma unroll
+          for (int k = 0; k < V; ++k) x[m][i + 1][k] = a[m] * x[m][i][k] + gates[i][k] * v_in[k];
         }
       }
-      dc_i -= dgate_step;
-      db_i -= dgate_step;
-      dv_i -= dv_step;
-    }
-    const int begin = reduce_scatter<kLanes, kChunk>(share, lane);
-    constexpr int kRows = kLanes < kChunk ? kChunk / kLanes : 1;
-    // With more lanes than rows two lanes hold the same row.
-    if ((kInside || active) && lane % (kLanes > kChunk ? 2 : 1) == 0) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (kInside || rows.has(begin + i)) {
-          store(da + (rows.t0 + begin + i) * params.da_step, share[i]);
+      for (int i = kRun - 1; i >= 0; --i) {
+        const bool good = kInside || (active && rows.has(from + i));
+        const auto a = load_vector<float, kOwn>(&slot.decays[warp][from + i][my_head]);
+        const Vector<T, V> c_in = slot.c[from + i][gate_at];
+        float dci[V] = {}, dbi[V] = {};
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m) {
+          const Vector<T, V> v_in = slot.v[from + i][at[m]], dy = slot.dy[from + i][at[m]];
+          float dvi[V];
+          float& sum = share[m][i] = 0.0f;
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            const float g = dy[k], gate = gates[i][k];
+            const float pw = g * c_in[k] + arriving[m][k];
+            arriving[m][k] = a[m] * pw;
+            sum += pw * x[m][i][k];
+            dvi[k] = g + pw * gate;
+            dci[k] += g * x[m][i + 1][k];
+            dbi[k] += pw * v_in[k];
+          }
+          if (good) store_vector<T, V>(dv_i + m * kHeadWidth, dvi);
         }
+#pragma unroll
+        for (int k = 0; k < V; ++k) dbi[k] *= gates[i][k] - gates[i][k] * gates[i][k];
+        if constexpr (kParts == 1) {
+          if (good) {
+            store_vector<T, V>(dc_i, dci);
+            store_vector<T, V>(db_i, dbi);
+          }
+        } else {
+          float sums[V];
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            const float sent = part == 0 ? dbi[k] : dci[k], kept = part == 0 ? dci[k] : dbi[k];
+            sums[k] = kept + __shfl_xor_sync(~0u, sent, kLanes);
+          }
+          if (good) store_vector<T, V>(dgate_i, sums);
+        }
+        dc_i -= dgate_step;
+        db_i -= dgate_step;
+        dgate_i -= dgate_step;
+        dv_i -= dv_step;
       }
+      store_da.template operator()<kInside>(rows, from, share);
     }
   };
 
@@ -450,76 +535,92 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     meet_step(step);
     const bool real = back.n < end;
     if (real && back.j == K - 1) {  // enter a block from the right
-      if (back.n == blocks - 1) {   // nothing to its right but the state after the last step
+      float v[kOwn][V], T_block[kOwn], qv[kOwn] = {};
+      if (back.n == blocks - 1) {  // nothing to its right but the state after the last step
+        for_own([&](int m, int k) {
+          q[m][k] = read(last_complete ? params.dv_out : params.dw_out, state_of(m, k));
+        });
+        if (!last_complete && lane % kLanes == 0) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          q[k] = read(last_complete ? params.dv_out : params.dw_out, state + k);
+          for (int m = 0; m < kOwn; ++m) qv[m] = -read(params.dr_out, head + m);
         }
       }
-      float T_block;
       if constexpr (kSaved) {
-        T_block = T_saved;
-        product = 1.0f;
+        const auto carry = slots[back.slot].carry[tid];
+        const auto T_saved = slots[back.slot].product[kLastRun][tid];
 #pragma unroll
-        for (int k = 0; k < V; ++k) v[k] = v_saved[k];
-        fetch_block(back.n - 1);
+        for (int m = 0; m < kOwn; ++m) {
+          T_block[m] = T_saved[m];
+          product[m] = 1.0f;
+        }
+        for_own([&](int m, int k) { v[m][k] = carry[m * V + k]; });
       } else {
-        int at_slot = back.slot - (K - 1);
-        if (at_slot < 0) at_slot += plan.slots;
-        float x[V], start_r = 1.0f;
+        // The slot `chunks` before one, and after it the next.
+        const auto before = [&](int slot, int chunks) {
+          return slot < chunks ? slot - chunks + plan.slots : slot - chunks;
+        };
+        const auto after = [&](int slot) { return slot + 1 == plan.slots ? 0 : slot + 1; };
+        int at_slot = before(back.slot, K - 1);
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m) T_block[m] = product[m] = 1.0f;
         if (back.n == 0) {
-#pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const SwrStart<float> start(in, row, h, p + k);
-            start_r = start.r;
-            v[k] = start.v;
-            x[k] = start.w + start.r * start.v;
-          }
+          for_own([&](int m, int k) {
+            const SwrStart<float> start(in, row, h + m, p + k);
+            T_block[m] = start.r;
+            v[m][k] = start.v;
+            x_start[m][k] = start.w + start.r * start.v;
+          });
         } else {
-          int left = at_slot - K;
-          if (left < 0) left += plan.slots;
-#pragma unroll
-          for (int k = 0; k < V; ++k) {
-            v[k] = back.n == 1 ? SwrStart<float>(in, row, h, p + k).w : 0.0f;
-          }
+          for_own([&](int m, int k) {
+            v[m][k] = back.n == 1 ? SwrStart<float>(in, row, h + m, p + k).w : 0.0f;
+          });
+          int left = before(at_slot, K);
+#pragma unroll 1
           for (int j = 0; j < K; ++j) {
-            const auto& slot = slots[left];
-#pragma unroll
-            for (int k = 0; k < V; ++k) v[k] = slot.product[tid] * v[k] + slot.end_state[k][tid];
-            left = left + 1 == plan.slots ? 0 : left + 1;
+            const auto E = slots[left].end_state[kLastRun][tid];
+            const auto G = slots[left].product[kLastRun][tid];
+            for_own([&](int m, int k) { v[m][k] = G[m] * v[m][k] + E[m * V + k]; });
+            left = after(left);
           }
-#pragma unroll
-          for (int k = 0; k < V; ++k) x[k] = v[k];
+          for_own([&](int m, int k) { x_start[m][k] = v[m][k]; });
         }
-        product = 1.0f;
-        for (int j = 0; j < K; ++j) {
+#pragma unroll 1
+        for (int j = 0; j < K - 1; ++j) {
           auto& slot = slots[at_slot];
-          const float r = slot.product[tid];
+          const auto E = slot.end_state[kLastRun][tid];
+          const auto G = slot.product[kLastRun][tid];
+          slot.end_state[kLastRun][tid] = pack(x_start);
+          for_own([&](int m, int k) { x_start[m][k] = G[m] * x_start[m][k] + E[m * V + k]; });
 #pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const float end_state = slot.end_state[k][tid];
-            slot.end_state[k][tid] = x[k];
-            x[k] = r * x[k] + end_state;
-          }
-          product *= r;
-          at_slot = at_slot + 1 == plan.slots ? 0 : at_slot + 1;
+          for (int m = 0; m < kOwn; ++m) product[m] *= G[m];
+          at_slot = after(at_slot);
         }
-        T_block = start_r * product;
-      }
-      const bool open_end = back.n == blocks - 1 && !last_complete;
-      Tqv = open_end && lane % kLanes == 0 ? -T_block * read(params.dr_out, head) : 0.0f;
+        const auto G = slots[back.slot].product[kLastRun][tid];
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        Tqv += T_block * q[k] * v[k];
-        arriving[k] = q[k];
+        for (int m = 0; m < kOwn; ++m) {
+          product[m] *= G[m];
+          T_block[m] *= product[m];
+        }
       }
+      for_own([&](int m, int k) {
+        arriving[m][k] = q[m][k];
+        qv[m] += q[m][k] * v[m][k];
+      });
+#pragma unroll
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m) qv[m] += __shfl_xor_sync(~0u, qv[m], lanes);
+      }
+#pragma unroll
+      for (int m = 0; m < kOwn; ++m) Tqv[m] = T_block[m] * qv[m];
+    }
+    if (real && (kSaved || back.j < K - 1)) {
+      const auto x = slots[back.slot].end_state[kLastRun][tid];
+      for_own([&](int m, int k) { x_start[m][k] = x[m * V + k]; });
     }
 
     if (!real) {
       halo_step();
-      Cursor next = back;
-      next.retreat(plan);
-      fetch_state(next);
     } else if (is_full(back)) {
       back_step.template operator()<true>();
     } else {
@@ -528,33 +629,35 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     if (back.j == 0 && (back.n > first || !real)) {  // leave the block to the left
       // The v of an incomplete last block leaves with the state after the last step.
       const bool passes_v = back.n == blocks - 1 && !last_complete;
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        q[k] = arriving[k] - product * q[k] + (passes_v ? read(params.dv_out, state + k) : 0.0f);
-        arriving[k] = 0.0f;
-      }
+      for_own([&](int m, int k) {
+        q[m][k] = arriving[m][k] - product[m] * q[m][k] +
+                  (passes_v ? read(params.dv_out, state_of(m, k)) : 0.0f);
+        arriving[m][k] = 0.0f;
+      });
     }
     back.retreat(plan);
   }
-  if constexpr (kGroup > 1) meet_step(steps);  // the last shares are there
 
   if (first > 0) return;
   // From the adjoints before the first step to the gradients of the given state.
   const bool open_end = blocks == 1 && !last_complete;
-  float dr = open_end && lane % kLanes == 0 ? product * read(params.dr_out, head) : 0.0f;
 #pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const SwrStart<float> start(in, row, h, p + k);
-    const float carry = arriving[k] - product * q[k];  // the adjoint of r v
-    dr += carry * start.v;
-    if (active) {
-      static_cast<float*>(params.dw)[state + k] = arriving[k];
-      static_cast<float*>(params.dv)[state + k] =
-          start.r * carry + (open_end ? read(params.dv_out, state + k) : 0.0f);
+  for (int m = 0; m < kOwn; ++m) {
+    float dr = open_end && lane % kLanes == 0 ? product[m] * read(params.dr_out, head + m) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const SwrStart<float> start(in, row, h + m, p + k);
+      const float carry = arriving[m][k] - product[m] * q[m][k];  // the adjoint of r v
+      dr += carry * start.v;
+      if (active) {
+        static_cast<float*>(params.dw)[state_of(m, k)] = arriving[m][k];
+        static_cast<float*>(params.dv)[state_of(m, k)] =
+            start.r * carry + (open_end ? read(params.dv_out, state_of(m, k)) : 0.0f);
+      }
     }
+    reduce_scatter<kLanes, 1>(&dr, lane);
+    if (active && lane % kLanes == 0) static_cast<float*>(params.dr)[head + m] = dr;
   }
-  reduce_scatter<kLanes, 1>(&dr, lane);
-  if (active && lane % kLanes == 0) static_cast<float*>(params.dr)[head] = dr;
 }
 
 // Whether all rows can be copied in units of 16 bytes.
@@ -586,15 +689,16 @@ bool packed(const SwrBwdParams& params) {
 }
 
 /// Shared memory of the ring for a chunk, per column.
-template <class T, int kLanes, bool kSaved>
-constexpr int64_t kSlotBytesPerColumn = sizeof(typename March<T, kLanes, kSaved, 32>::Slot) / 32;
+template <class T, int kLanes, bool kSaved, int kGroup>
+constexpr int64_t kSlotBytesPerColumn =
+    sizeof(typename March<T, kLanes, kSaved, kGroup, 32>::Slot) / 32;
 
 template <class T, int kLanes, bool kSaved, int kGroup, int kWidth, int kColumns>
 Status launch(const SwrBwdParams& params, SwrMarch plan, cudaStream_t stream) {
   const auto kernel = swr_bwd_march_kernel<T, kLanes, kSaved, kGroup, kWidth, kColumns>;
   plan.wide = kWidth > 0 || units_fit<T>(params);
-  using Slot = typename March<T, kLanes, kSaved, kColumns>::Slot;
-  static_assert(sizeof(Slot) == kSlotBytesPerColumn<T, kLanes, kSaved> * kColumns);
+  using Slot = typename March<T, kLanes, kSaved, kGroup, kColumns>::Slot;
+  static_assert(sizeof(Slot) == kSlotBytesPerColumn<T, kLanes, kSaved, kGroup> * kColumns);
   const size_t bytes = alone_on_multiprocessor(plan.slots * sizeof(Slot));
   const auto ctas = static_cast<unsigned>(plan.ctas * plan.strips * params.in.batch);
   const Status allowed = allow_shared_memory(kernel, bytes);
@@ -604,40 +708,38 @@ Status launch(const SwrBwdParams& params, SwrMarch plan, cudaStream_t stream) {
                               : (kWidth > 0 ? "march_folded_packed" : "march_folded"));
 }
 
-template <class T, int kLanes, bool kSaved>
-Status launch_width(const SwrBwdParams& params, cudaStream_t stream) {
-  constexpr bool kDefaultWidth = kLanes * (kSwrMarchBytes / sizeof(T)) == 16;
+template <class T, int kLanes, bool kSaved, int kGroup>
+Status launch_group(const SwrBwdParams& params, cudaStream_t stream) {
   const SwrInputs& in = params.in;
-  const SwrMarch plan = swr_march_plan(in.batch, in.length, in.heads, in.kv_heads, in.width,
-                                       in.window, sizeof(T), kSlotBytesPerColumn<T, kLanes, kSaved>,
-                                       multiprocessors(), most_shared_memory());
-  const int64_t group = in.heads / in.kv_heads;
-  if (plan.columns == 64) {
-    if constexpr (kDefaultWidth) {
-      if (group == 2) return launch<T, kLanes, kSaved, 2, 0, 64>(params, plan, stream);
-    }
-    return launch<T, kLanes, kSaved, 1, 0, 64>(params, plan, stream);
-  }
-  const auto with_group = [&]<int kGroup>() -> Status {
-    if constexpr (kDefaultWidth && sizeof(T) == 2) {
-      if (packed<T>(params)) {
-        switch (in.heads * in.width) {
-          case 1024:
-            return launch<T, kLanes, kSaved, kGroup, 1024, 128>(params, plan, stream);
-          case 2048:
-            return launch<T, kLanes, kSaved, kGroup, 2048, 128>(params, plan, stream);
-          case 4096:
-            return launch<T, kLanes, kSaved, kGroup, 4096, 128>(params, plan, stream);
-        }
+  const SwrMarch plan =
+      swr_march_plan(in.batch, in.length, in.heads, in.kv_heads, in.width, in.window, sizeof(T),
+                     kSlotBytesPerColumn<T, kLanes, kSaved, kGroup>, multiprocessors(),
+                     most_shared_memory(), in.index == nullptr);
+  if (plan.columns == 64) return launch<T, kLanes, kSaved, kGroup, 0, 64>(params, plan, stream);
+  if constexpr (kLanes * (kSwrMarchBytes / sizeof(T)) == 16 && sizeof(T) == 2) {
+    if (packed<T>(params)) {
+      switch (in.heads * in.width) {
+        case 1024:
+          return launch<T, kLanes, kSaved, kGroup, 1024, 128>(params, plan, stream);
+        case 2048:
+          return launch<T, kLanes, kSaved, kGroup, 2048, 128>(params, plan, stream);
+        case 4096:
+          return launch<T, kLanes, kSaved, kGroup, 4096, 128>(params, plan, stream);
       }
     }
-    return launch<T, kLanes, kSaved, kGroup, 0, 128>(params, plan, stream);
-  };
-  if constexpr (kDefaultWidth) {
-    if (group == 2) return with_group.template operator()<2>();
-    if (group == 4) return with_group.template operator()<4>();
   }
-  return with_group.template operator()<1>();
+  return launch<T, kLanes, kSaved, kGroup, 0, 128>(params, plan, stream);
+}
+
+/// Calls run.template operator()<kGroup>() for the heads that share a kv head.
+template <class T, int kLanes, class Run>
+Status with_group(const SwrInputs& in, const Run& run) {
+  if constexpr (kLanes * (kSwrMarchBytes / sizeof(T)) == 16) {
+    const int64_t group = in.heads / in.kv_heads;
+    if (group == 2) return run.template operator()<2>();
+    if (group == 4) return run.template operator()<4>();
+  }
+  return run.template operator()<1>();
 }
 
 }  // namespace
@@ -655,12 +757,15 @@ bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype) {
     return false;
   }
   bool fits = false;  // in shared memory
-  swr_with_lanes(in, dtype, [&]<class T, int kLanes>() -> Status {
-    const int64_t slot_bytes = swr_saves(in.window) ? kSlotBytesPerColumn<T, kLanes, true>
-                                                    : kSlotBytesPerColumn<T, kLanes, false>;
-    fits = swr_march_columns(swr_march_all_columns(in.heads * in.width, sizeof(T)), group,
-                             in.window, slot_bytes, most_shared_memory()) > 0;
-    return {};
+  swr_with_lanes(in, dtype, [&]<class T, int kLanes>() {
+    return with_group<T, kLanes>(in, [&]<int kGroup>() -> Status {
+      const int64_t slot_bytes = swr_saves(in.window)
+                                     ? kSlotBytesPerColumn<T, kLanes, true, kGroup>
+                                     : kSlotBytesPerColumn<T, kLanes, false, kGroup>;
+      fits = swr_march_columns(swr_march_all_columns(in.heads * in.width, group, sizeof(T)),
+                               in.window, slot_bytes, most_shared_memory()) > 0;
+      return {};
+    });
   });
   return fits;
 }
@@ -668,8 +773,10 @@ bool swr_bwd_march_fits(const SwrBwdParams& params, DType dtype) {
 Status swr_bwd_march(const SwrBwdParams& params, DType dtype, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   return swr_with_lanes(params.in, dtype, [&]<class T, int kLanes>() {
-    return swr_saves(params.in.window) ? launch_width<T, kLanes, true>(params, s)
-                                       : launch_width<T, kLanes, false>(params, s);
+    return with_group<T, kLanes>(params.in, [&]<int kGroup>() {
+      return swr_saves(params.in.window) ? launch_group<T, kLanes, true, kGroup>(params, s)
+                                         : launch_group<T, kLanes, false, kGroup>(params, s);
+    });
   });
 }
 

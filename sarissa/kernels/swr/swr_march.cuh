@@ -57,16 +57,13 @@ class MarchDecays {
  public:
   using Shared = float[kChunk][kHeads];
 
-  /// The warp's heads are first_head, first_head + stride, ...
-  __device__ MarchDecays(const SwrInputs& in, const Grid& grid, int64_t row, int64_t first_head,
-                         int stride)
+  /// The warp's heads are first_head, first_head + 1, ...
+  __device__ MarchDecays(const SwrInputs& in, const Grid& grid, int64_t row, int64_t first_head)
       : grid_(grid),
         a_(static_cast<const T*>(in.a) + row * in.a_batch + first_head),
         a_step_(in.a_step),
         decay_max_(static_cast<float>(in.decay_max)),
-        stride_(stride),
-        heads_(static_cast<int>(
-            min(max(in.heads - first_head + stride - 1, int64_t{0}) / stride, int64_t{kHeads}))),
+        heads_(static_cast<int>(min(max(in.heads - first_head, int64_t{0}), int64_t{kHeads}))),
         lane_(threadIdx.x % 32) {}
 
   /// kInside: all rows of the chunk and all heads exist.
@@ -77,7 +74,7 @@ class MarchDecays {
     for (int k = 0; k < kPerLane; ++k) {
       const int i = (k * 32 + lane_) / kHeads, h = lane_ % kHeads;
       if (i < kChunk && (kInside || (rows.has(i) && h < heads_))) {
-        raw_[k] = a_[(rows.t0 + i) * a_step_ + h * stride_];
+        raw_[k] = a_[(rows.t0 + i) * a_step_ + h];
       }
     }
   }
@@ -102,7 +99,7 @@ class MarchDecays {
   const T* a_;
   int64_t a_step_;
   float decay_max_;
-  int stride_, heads_, lane_;
+  int heads_, lane_;
   T raw_[kPerLane];
 };
 

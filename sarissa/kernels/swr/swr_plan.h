@@ -82,10 +82,12 @@ struct SwrGrid {
   int64_t window, index, length, chunks_per_block;
 };
 
-/// The most blocks that `length` steps can touch, wherever in a block they start.
-SARISSA_HOST_DEVICE inline int64_t swr_max_blocks(int64_t window, int64_t length) {
+/// The most blocks that `length` steps can touch, wherever in a block they start; `aligned`: when
+/// they start with a block.
+SARISSA_HOST_DEVICE inline int64_t swr_max_blocks(int64_t window, int64_t length,
+                                                  bool aligned = false) {
   if (window == 0 || length == 0) return 1;
-  return (length - 1 + window - 1) / window + 1;
+  return (length - 1 + (aligned ? 0 : window - 1)) / window + 1;
 }
 
 /// At least the chunks that `length` steps can touch, wherever in a block they start.
@@ -193,11 +195,12 @@ constexpr int kSwrRingAhead = 4;
 
 /// Strips of the marches with a ring. A multiprocessor takes one CTA of 128 threads at a time: more
 /// rows on their way than those of one are slower. So the march lasts as long as the strips that a
-/// multiprocessor takes in turn, each with a block beside it and some steps to get going.
+/// multiprocessor takes in turn, each with a block beside it and some steps to get going. `aligned`
+/// as in swr_max_blocks.
 inline SwrStrips swr_ring_strips(int64_t batch, int64_t length, int64_t window, int64_t lanes,
-                                 int multiprocessors) {
+                                 int multiprocessors, bool aligned = false) {
   constexpr int64_t kMostTurns = 4, kStart = 16;
-  const int64_t max_blocks = swr_max_blocks(window, length);
+  const int64_t max_blocks = swr_max_blocks(window, length, aligned);
   const int64_t ctas = batch * lanes / 128 + 1;  // of a strip
   const int64_t most = std::clamp<int64_t>(kMostTurns * multiprocessors / ctas, 1, max_blocks);
   SwrStrips best{};
@@ -225,8 +228,8 @@ inline bool swr_chains_window(int64_t batch, int64_t length, int64_t channels, i
                  .blocks < 8;
 }
 
-/// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels, and
-/// kSwrMarchAhead chunks are on their way.
+/// The marching backward of phalanx: a thread owns kSwrMarchBytes of neighbouring channels, of each
+/// of its heads, and kSwrMarchAhead chunks are on their way.
 constexpr int kSwrMarchBytes = 4;
 constexpr int kSwrMarchAhead = 1;
 /// Below this window most rows of its chunks would be empty.
@@ -262,21 +265,23 @@ inline SwrSavedSizes swr_saved_sizes(int64_t batch, int64_t length, int64_t head
 }
 
 struct SwrMarch {
-  int columns = 0;  // of a CTA, kSwrMarchBytes each: 128 or 64; 0: there is no room for it
+  int columns = 0;  // of a CTA, a thread to each role: 128 or 64; 0: there is no room for it
   int chunks_per_block;
-  int slots;        // chunks in the ring of shared memory
-  bool spare_slot;  // one more than needed, for what heads that share a kv head leave there
-  bool wide;        // rows are copied in units of 16 bytes
-  int64_t ctas;     // beside each other
+  int slots;     // chunks in the ring of shared memory
+  bool wide;     // rows are copied in units of 16 bytes
+  int64_t ctas;  // beside each other
   int64_t strips, strip_blocks;
   int64_t max_blocks;
 
   explicit operator bool() const { return columns > 0; }
 };
 
-/// Columns of kSwrMarchBytes that hold all channels.
-inline int64_t swr_march_all_columns(int64_t channels, int64_t bytes_per_element) {
-  return (channels * bytes_per_element - 1) / kSwrMarchBytes + 1;
+/// Heads of a thread of the marching backward: two of those that share a kv head.
+constexpr int swr_march_own_heads(int64_t group) { return group > 1 ? 2 : 1; }
+
+/// Columns, one to a thread, that hold all channels. `group` heads share a kv head.
+inline int64_t swr_march_all_columns(int64_t channels, int64_t group, int64_t bytes_per_element) {
+  return (channels * bytes_per_element - 1) / (kSwrMarchBytes * swr_march_own_heads(group)) + 1;
 }
 
 /// Chunks that the ring must hold: the one being made ready and those before it that are still
@@ -288,31 +293,28 @@ inline int swr_march_slots(int64_t window) {
 
 /// Columns of a CTA for `columns` in all, or 0 (SwrMarch). A chunk takes `slot_bytes` of shared
 /// memory for each column, of which a CTA can have `shared`. 64 columns where 128 do not fit, or
-/// would be half empty; `group` heads that share a kv head lie in neighbouring warps.
-inline int swr_march_columns(int64_t columns, int64_t group, int64_t window, int64_t slot_bytes,
-                             int64_t shared) {
-  const auto fits = [&](int64_t n) {
-    return swr_march_slots(window) * n * slot_bytes <= shared && n / 32 % group == 0;
-  };
+/// would be half empty.
+inline int swr_march_columns(int64_t columns, int64_t window, int64_t slot_bytes, int64_t shared) {
+  const auto fits = [&](int64_t n) { return swr_march_slots(window) * n * slot_bytes <= shared; };
   return fits(128) && (columns > 64 || !fits(64)) ? 128 : fits(64) ? 64 : 0;
 }
 
 /// Strips as in the forward's ring: a multiprocessor takes one CTA at a time. `slot_bytes` and
-/// `shared` as in swr_march_columns.
+/// `shared` as in swr_march_columns, `aligned` as in swr_max_blocks.
 inline SwrMarch swr_march_plan(int64_t batch, int64_t length, int64_t heads, int64_t kv_heads,
                                int64_t width, int64_t window, int64_t bytes_per_element,
-                               int64_t slot_bytes, int multiprocessors, int64_t shared) {
+                               int64_t slot_bytes, int multiprocessors, int64_t shared,
+                               bool aligned = false) {
   SwrMarch plan{};
-  const int64_t columns = swr_march_all_columns(heads * width, bytes_per_element);
-  plan.columns = swr_march_columns(columns, heads / kv_heads, window, slot_bytes, shared);
+  const int64_t columns = swr_march_all_columns(heads * width, heads / kv_heads, bytes_per_element);
+  plan.columns = swr_march_columns(columns, window, slot_bytes, shared);
   if (!plan) return plan;
   plan.chunks_per_block = static_cast<int>(swr_chunks_per_block(window));
   plan.slots = swr_march_slots(window);
-  plan.spare_slot = kv_heads < heads && (plan.slots + 1) * plan.columns * slot_bytes <= shared;
-  plan.slots += plan.spare_slot ? 1 : 0;
   plan.ctas = (columns - 1) / plan.columns + 1;
   plan.max_blocks = swr_max_blocks(window, length);
-  const SwrStrips strips = swr_ring_strips(batch, length, window, plan.ctas * 128, multiprocessors);
+  const SwrStrips strips =
+      swr_ring_strips(batch, length, window, plan.ctas * 128, multiprocessors, aligned);
   plan.strips = strips.strips;
   plan.strip_blocks = strips.blocks;
   return plan;
