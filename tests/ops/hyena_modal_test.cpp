@@ -1005,7 +1005,9 @@ TensorRun run_tensor(const Problem& p, int64_t from, int64_t count,
       p.skip.defined() ? std::optional(on(p.skip, at::kFloat)) : std::nullopt,
       start ? std::optional(start->featurizer) : std::nullopt,
       start ? std::optional(start->inner) : std::nullopt, save);
-  if (count > 1) EXPECT_EQ(ops::last_kernel().substr(0, 6), "tensor");
+  if (count > 1) {
+    EXPECT_EQ(ops::last_kernel().substr(0, 6), "tensor");
+  }
   return {y, saved, {featurizer_state, inner}};
 }
 std::optional<HyenaState> start_of(const Problem& p) {
@@ -1112,7 +1114,9 @@ TEST(HyenaModal, CudaTensorSplitsLeaveTheStateOfTheWhole) {
       EXPECT_LE(relative_rms(at::cat({first.y, second.y}, 1), whole.y), 2e-3) << cut;
       EXPECT_LE(relative_rms(second.state.inner, whole.state.inner), 1e-5) << cut;
       EXPECT_TRUE(bit_equal(second.state.featurizer, whole.state.featurizer)) << cut;
-      if (cut > 1) EXPECT_TRUE(bit_equal(first.y, whole.y.narrow(1, 0, cut))) << cut;
+      if (cut > 1) {
+        EXPECT_TRUE(bit_equal(first.y, whole.y.narrow(1, 0, cut))) << cut;
+      }
     }
   }
 }

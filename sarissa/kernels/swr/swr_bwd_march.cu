@@ -39,7 +39,7 @@ struct March {
   static constexpr int kGateColumns = kColumns / kParts;
   /// A chunk is walked in runs of rows. Unrolled whole, the loops over it, the front's and the
   /// back's, would not fit in the instruction cache, nor the states of two heads in the registers.
-  static constexpr int kRuns = 2, kRun = kChunk / kRuns;
+  static constexpr int kRuns = 2;
   using Decays = MarchDecays<T, 32 / kLanes * kOwn>;
 
   /// A chunk of the ring.
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(2 * kColumns, 1)
     swr_bwd_march_kernel(SwrBwdParams params, SwrMarch plan) {
   using M = March<T, kLanes, kSaved, kGroup, kColumns>;
   constexpr int V = M::V, kOwn = M::kOwn, kParts = M::kParts;
-  constexpr int kRun = M::kRun, kRuns = M::kRuns, kLastRun = kRuns - 1;
+  constexpr int kRuns = M::kRuns, kRun = kChunk / kRuns, kLastRun = kRuns - 1;
   constexpr int kHeadWidth = kLanes * V;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto* const slots = reinterpret_cast<typename M::Slot*>(shared_bytes);
