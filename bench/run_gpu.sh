@@ -31,7 +31,7 @@ step() {  # step NAME COMMAND...: runs the command, logs it, reports one line
     echo "ok      $name ($((SECONDS - start)) s)"
   else
     echo "FAILED  $name ($((SECONDS - start)) s)"
-    grep -E "FAILED|Failure|error|ERROR SUMMARY" "$logs/$name.log" | head -40
+    grep -E "FAILED|Failure|error|ERROR SUMMARY|Race reported" "$logs/$name.log" | head -40
     echo "$name" >> "$failures"
   fi
 }
@@ -40,14 +40,21 @@ beside() {  # a step beside up to 5 others
   while (($(jobs -rp | wc -l) >= 6)); do wait -n; done
 }
 
-# racecheck also reports torch's own attention kernels (cutlass, cuDNN): only ours count.
+# racecheck NAME PROGRAM...: it also reports torch's own attention kernels (cutlass, cuDNN), but only
+# ours count.
 racecheck() {
-  compute-sanitizer --tool racecheck build/sarissa selftest --device cuda
-  ! grep 'Race reported' "$logs/sanitize_racecheck.log" | grep -v -e fmha_cutlass -e cudnn_
+  timeout 240 compute-sanitizer --tool racecheck "${@:2}" || return 1
+  ! grep 'Race reported' "$logs/$1.log" | grep -v -e fmha_cutlass -e cudnn_
 }
 if [[ $what == sanitize || $what == checks || $what == all ]]; then  # first, since it takes longest
-  beside sanitize_racecheck racecheck
-  beside sanitize_memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
+  beside racecheck racecheck racecheck build/sarissa selftest --device cuda
+  # What shapes as small as the self-test's do not reach: a CTA that takes several batch entries, and
+  # all variants of the marching backward.
+  beside racecheck_modal racecheck racecheck_modal build/hyena_modal_test \
+    --gtest_filter='*CudaBatchEntries*:*CudaSaves*'
+  beside racecheck_phalanx racecheck racecheck_phalanx build/phalanx_test \
+    --gtest_filter='*Cuda.MarchingKernels'
+  beside memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
     build/sarissa selftest --device cuda
 fi
 if [[ $what == tests || $what == checks || $what == all ]]; then
