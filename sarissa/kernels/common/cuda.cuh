@@ -27,6 +27,20 @@ inline Status launch_status(const char* kernel = nullptr) {
   return {e == cudaSuccess ? nullptr : cudaGetErrorString(e), kernel};
 }
 
+/// Calls run.template operator()<T>() for the element type.
+template <class Run>
+Status with_dtype(DType dtype, const Run& run) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return run.template operator()<double>();
+    case DType::kFloat32:
+      return run.template operator()<float>();
+    case DType::kBFloat16:
+      return run.template operator()<__nv_bfloat16>();
+  }
+  return {"unknown element type"};
+}
+
 /// Launches a kernel that may start while the one before it in the stream ends, on GPUs that can
 /// (programmatic dependent launch): what a kernel spends before its first instruction is then
 /// hidden. The kernel must call wait_for_earlier_kernels() before it reads or writes global memory.

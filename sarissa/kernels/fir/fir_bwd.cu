@@ -249,15 +249,7 @@ Status fir_bwd_cuda(const FirBwdParams& params, DType dtype, void* stream) {
   return std::visit(
       ForEach{
           [&](std::monostate) {
-            switch (dtype) {
-              case DType::kFloat64:
-                return run<double>(params, s);
-              case DType::kFloat32:
-                return run<float>(params, s);
-              case DType::kBFloat16:
-                return run<__nv_bfloat16>(params, s);
-            }
-            return Status{"unknown element type"};
+            return with_dtype(dtype, [&]<class T>() { return run<T>(params, s); });
           },
           [&](const FirMarch& plan) { return fir_march_bwd(params, plan, dtype, s); },
           [&](const FirTensorBwd& plan) { return fir_tensor_bwd(params, plan, s); },

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(ChannelPlace<kSlices>::kThreads,
   constexpr int kTile = kFirChannelTile, kStageBytes = 3 * Rows::kBytes;
   const Place at(p);
   const Rows rows(p, at);
-  const int b = static_cast<int>(blockIdx.y), length = static_cast<int>(p.length);
+  const int b = static_cast<int>(blockIdx.y);
   const FirForwardStrip strip(p, plan);
   const int begin = strip.begin, end = strip.end;
   const int start = begin - min(begin, ceil_div(plan.lags - 1, kFirChannelBlocks) * kTile);

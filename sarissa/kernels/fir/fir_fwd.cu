@@ -56,15 +56,7 @@ Status fir_fwd_cuda(const FirParams& params, DType dtype, void* stream) {
   if (fir_channel_takes(params, dtype)) {
     return fir_channel_fwd(params, fir_channel_fwd_plan(params, dtype, shared_memory()), s);
   }
-  switch (dtype) {
-    case DType::kFloat64:
-      return run<double>(params, s);
-    case DType::kFloat32:
-      return run<float>(params, s);
-    case DType::kBFloat16:
-      return run<__nv_bfloat16>(params, s);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return run<T>(params, s); });
 }
 
 }  // namespace sarissa::kernels

@@ -131,28 +131,12 @@ Status bwd(const CrossEntropyParams& p, void* stream) {
 
 Status cross_entropy_fwd_cuda(const CrossEntropyParams& params, DType dtype, void* stream) {
   if (params.rows == 0) return {};
-  switch (dtype) {
-    case DType::kFloat64:
-      return fwd<double>(params, stream);
-    case DType::kFloat32:
-      return fwd<float>(params, stream);
-    case DType::kBFloat16:
-      return fwd<__nv_bfloat16>(params, stream);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return fwd<T>(params, stream); });
 }
 
 Status cross_entropy_bwd_cuda(const CrossEntropyParams& params, DType dtype, void* stream) {
   if (params.rows == 0) return {};
-  switch (dtype) {
-    case DType::kFloat64:
-      return bwd<double>(params, stream);
-    case DType::kFloat32:
-      return bwd<float>(params, stream);
-    case DType::kBFloat16:
-      return bwd<__nv_bfloat16>(params, stream);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return bwd<T>(params, stream); });
 }
 
 }  // namespace sarissa::kernels

@@ -307,15 +307,7 @@ Status modal_bwd_cuda(const ModalBwdParams& params, DType dtype, void* stream) {
       return modal_tensor_bwd(params, plan, stream);
     }
   }
-  switch (dtype) {
-    case DType::kFloat64:
-      return launch<double>(params, s);
-    case DType::kFloat32:
-      return launch<float>(params, s);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, s);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return launch<T>(params, s); });
 }
 
 }  // namespace sarissa::kernels

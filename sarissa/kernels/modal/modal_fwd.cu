@@ -126,15 +126,7 @@ Status modal_fwd_cuda(const ModalFwdParams& params, DType dtype, void* stream) {
   if (const ModalTensorFwd plan = tensor_plan(params.in, dtype)) {
     return modal_tensor_fwd(params, plan, s);
   }
-  switch (dtype) {
-    case DType::kFloat64:
-      return launch<double>(params, s);
-    case DType::kFloat32:
-      return launch<float>(params, s);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, s);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return launch<T>(params, s); });
 }
 
 }  // namespace sarissa::kernels

@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   {
     const int channel = thread / kModes, n = thread % kModes;
     const bool there = channel < Column::kChannels && n < in.modes;
-    const int64_t at = (cta.channel + channel) / (in.width / in.groups) * in.modes + n;
+    const int64_t at = ModalMode::at(in, cta.channel + channel, n);
     prefetch(static_cast<const float*>(in.log_poles) + at, there);
     prefetch(static_cast<const float*>(in.residues) + at, there);
     constexpr int kRows = kThreads / 2;

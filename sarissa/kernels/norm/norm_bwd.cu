@@ -131,28 +131,12 @@ Status dispatch(const RmsNormBwdParams& p, void* stream) {
 
 Status rms_norm_bwd_cuda(const RmsNormBwdParams& params, DType dtype, void* stream) {
   if (params.rows == 0 || params.width == 0) return {};
-  switch (dtype) {
-    case DType::kFloat64:
-      return dispatch<double>(params, stream);
-    case DType::kFloat32:
-      return dispatch<float>(params, stream);
-    case DType::kBFloat16:
-      return dispatch<__nv_bfloat16>(params, stream);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return dispatch<T>(params, stream); });
 }
 
 Status rms_norm_bwd_weight_cuda(const RmsNormBwdParams& params, DType dtype, void* stream) {
   if (params.width == 0) return {};
-  switch (dtype) {
-    case DType::kFloat64:
-      return launch_weight<double>(params, stream);
-    case DType::kFloat32:
-      return launch_weight<float>(params, stream);
-    case DType::kBFloat16:
-      return launch_weight<__nv_bfloat16>(params, stream);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return launch_weight<T>(params, stream); });
 }
 
 }  // namespace sarissa::kernels

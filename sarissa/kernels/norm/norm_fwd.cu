@@ -69,15 +69,7 @@ Status dispatch(const RmsNormFwdParams& p, void* stream) {
 
 Status rms_norm_fwd_cuda(const RmsNormFwdParams& params, DType dtype, void* stream) {
   if (params.rows == 0 || params.width == 0) return {};
-  switch (dtype) {
-    case DType::kFloat64:
-      return dispatch<double>(params, stream);
-    case DType::kFloat32:
-      return dispatch<float>(params, stream);
-    case DType::kBFloat16:
-      return dispatch<__nv_bfloat16>(params, stream);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return dispatch<T>(params, stream); });
 }
 
 }  // namespace sarissa::kernels

@@ -51,15 +51,7 @@ Status launch(const RopeParams& p, void* stream) {
 
 Status rope_cuda(const RopeParams& params, DType dtype, void* stream) {
   if (params.batch * params.length * params.heads * params.pairs == 0) return {};
-  switch (dtype) {
-    case DType::kFloat64:
-      return launch<double>(params, stream);
-    case DType::kFloat32:
-      return launch<float>(params, stream);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
-  }
-  return {"unknown element type"};
+  return with_dtype(dtype, [&]<class T>() { return launch<T>(params, stream); });
 }
 
 }  // namespace sarissa::kernels

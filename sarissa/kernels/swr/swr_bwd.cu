@@ -315,7 +315,7 @@ Status launch_bwd(const SwrBwdParams& params, cudaStream_t stream) {
 Status swr_bwd_cuda(const SwrBwdParams& params, DType dtype, void* stream) {
   if (swr_chained_bwd_fits(params, dtype)) return swr_chained_bwd(params, dtype, stream);
   if (swr_bwd_march_fits(params, dtype)) return swr_bwd_march(params, dtype, stream);
-  return swr_with_dtype(dtype, [&]<class T>() {
+  return with_dtype(dtype, [&]<class T>() {
     const auto s = static_cast<cudaStream_t>(stream);
     const bool full = params.in.window == 0;
     if (params.in.gated) {

@@ -1,5 +1,4 @@
-// What the CUDA kernels of the family share: one channel's view of the inputs, and the choice of
-// the element type.
+// What the CUDA kernels of the family share: one channel's view of the inputs.
 #pragma once
 
 #include "sarissa/kernels/common/vector.cuh"
@@ -131,19 +130,5 @@ bool swr_ring_fits(const SwrFwdParams& params) {
 
 /// A forward of one step.
 Status swr_step_cuda(const SwrFwdParams& params, DType dtype, void* stream);
-
-/// Calls run.template operator()<T>() for the element type.
-template <class Run>
-Status swr_with_dtype(DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return run.template operator()<double>();
-    case DType::kFloat32:
-      return run.template operator()<float>();
-    case DType::kBFloat16:
-      return run.template operator()<__nv_bfloat16>();
-  }
-  return {"unknown element type"};
-}
 
 }  // namespace sarissa::kernels

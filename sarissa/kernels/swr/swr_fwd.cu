@@ -360,7 +360,7 @@ Status swr_fwd_cuda(const SwrFwdParams& params, DType dtype, void* stream) {
     return swr_step_cuda(params, dtype, stream);
   }
   if (swr_chained_fwd_fits(params, dtype)) return swr_chained_fwd(params, dtype, stream);
-  return swr_with_dtype(dtype, [&]<class T>() {
+  return with_dtype(dtype, [&]<class T>() {
     const auto s = static_cast<cudaStream_t>(stream);
     return params.in.gated ? choose_vector<T, true>(params, s) : choose_vector<T, false>(params, s);
   });

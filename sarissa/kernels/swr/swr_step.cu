@@ -91,7 +91,7 @@ Status launch(const SwrFwdParams& params, cudaStream_t stream) {
 }  // namespace
 
 Status swr_step_cuda(const SwrFwdParams& params, DType dtype, void* stream) {
-  return swr_with_dtype(dtype, [&]<class T>() {
+  return with_dtype(dtype, [&]<class T>() {
     constexpr int V = 8 / sizeof(T);
     const auto s = static_cast<cudaStream_t>(stream);
     if constexpr (V > 1) {
