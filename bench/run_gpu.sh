@@ -31,7 +31,8 @@ step() {  # step NAME COMMAND...: runs the command, logs it, reports one line
     echo "ok      $name ($((SECONDS - start)) s)"
   else
     echo "FAILED  $name ($((SECONDS - start)) s)"
-    grep -E "FAILED|Failure|error|ERROR SUMMARY|Race reported" "$logs/$name.log" | head -40
+    grep -E "FAILED|Failure|error|ERROR SUMMARY|Race reported" "$logs/$name.log" |
+      grep -v '"pass":true' | head -40
     echo "$name" >> "$failures"
   fi
 }
@@ -40,20 +41,22 @@ beside() {  # a step beside up to 5 others
   while (($(jobs -rp | wc -l) >= 6)); do wait -n; done
 }
 
-# racecheck NAME PROGRAM...: it also reports torch's own attention kernels (cutlass, cuDNN), but only
-# ours count.
-racecheck() {
+# race_free LOG PROGRAM...: racecheck also reports torch's own attention kernels (cutlass, cuDNN),
+# but only ours count.
+race_free() {
   timeout 240 compute-sanitizer --tool racecheck "${@:2}" || return 1
   ! grep 'Race reported' "$logs/$1.log" | grep -v -e fmha_cutlass -e cudnn_
 }
+racecheck() {  # racecheck NAME PROGRAM...
+  beside "racecheck_$1" race_free "racecheck_$1" "${@:2}"
+}
+selftest() { timeout 240 build/sarissa selftest --device cuda --json | tee "$results/selftest.json"; }
 if [[ $what == sanitize || $what == checks || $what == all ]]; then  # first, since it takes longest
-  beside racecheck racecheck racecheck build/sarissa selftest --device cuda
+  racecheck selftest build/sarissa selftest --device cuda
   # What shapes as small as the self-test's do not reach: a CTA that takes several batch entries, and
   # all variants of the marching backward.
-  beside racecheck_modal racecheck racecheck_modal build/hyena_modal_test \
-    --gtest_filter='*CudaBatchEntries*:*CudaSaves*'
-  beside racecheck_phalanx racecheck racecheck_phalanx build/phalanx_test \
-    --gtest_filter='*Cuda.MarchingKernels'
+  racecheck modal build/hyena_modal_test --gtest_filter='*CudaBatchEntries*:*CudaSaves*'
+  racecheck phalanx build/phalanx_test --gtest_filter='*Cuda.MarchingKernels'
   beside memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
     build/sarissa selftest --device cuda
 fi
@@ -61,8 +64,7 @@ if [[ $what == tests || $what == checks || $what == all ]]; then
   while read -r test; do
     beside "$test" timeout 240 "build/$test" --gtest_filter='*Cuda*'
   done < build/gpu_tests
-  beside selftest timeout 240 build/sarissa selftest --device cuda
-  build/sarissa selftest --device cuda --json > "$results/selftest.json"
+  beside selftest selftest
 fi
 wait
 if [[ $what == train || $what == all ]]; then

@@ -203,7 +203,9 @@ struct BackwardMarch {
     // The filter's tap n.
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) powers[i] *= mode.residue;
-    shared.first_taps[channel][n] = pack_pair(skip[0] + sum_for_lane(powers), 0.0f);
+    static_assert(kModes == kBlock);
+    reduce_scatter<kModes, kBlock>(powers, lane);
+    shared.first_taps[channel][n] = pack_pair(skip[0] + powers[0], 0.0f);
     // The decay of a tile is that of its scan, with its roundings, and the rest by itself: else a
     // pole close to 1 would carry those roundings from tile to tile.
     static_assert(kTile == kBlock * kBlock);
@@ -825,6 +827,13 @@ __device__ inline float warp_sum(const float* from, int64_t parts, int64_t width
   return sum;
 }
 
+/// The same of one element, from[part stride], by one lane.
+__device__ inline float lane_sum(const float* from, int64_t parts, int64_t stride) {
+  float sum = 0.0f;
+  for (int64_t part = 0; part < parts; ++part) sum += from[part * stride];
+  return sum;
+}
+
 /// Lanes that sum the partial sums of one mode of a group: those of a filter per channel are few.
 __host__ __device__ inline int sum_lanes(const ModalInputs& in) {
   return in.groups == in.width ? 1 : 32;
@@ -842,13 +851,9 @@ __global__ void __launch_bounds__(kSumThreads)
     const bool poles = i < modes * lanes;
     const float* const from = poles ? buffers.dlog_poles : buffers.dresidues;
     const int64_t mode = i / lanes - (poles ? 0 : modes), count = in.width / in.groups;
-    float sum = 0.0f;
-    if (lanes == 1) {
-      for (int64_t part = 0; part < parts; ++part) sum += from[part * modes + mode];
-    } else {
-      sum = warp_sum(from, parts, in.width, mode / in.modes * count, count, in.modes,
-                     mode % in.modes);
-    }
+    const float sum = lanes == 1 ? lane_sum(from + mode, parts, modes)
+                                 : warp_sum(from, parts, in.width, mode / in.modes * count, count,
+                                            in.modes, mode % in.modes);
     if (i % lanes == 0) static_cast<float*>(poles ? p.dlog_poles : p.dresidues)[mode] = sum;
     return;
   }
@@ -858,8 +863,7 @@ __global__ void __launch_bounds__(kSumThreads)
     const auto* const from =
         static_cast<const float*>(skip ? buffers.dskip.data : buffers.dfeaturizer.data);
     const int64_t columns = skip ? in.width : 9 * in.width, column = skip ? i : i - in.width;
-    float sum = 0.0f;
-    for (int64_t part = 0; part < parts; ++part) sum += from[part * columns + column];
+    const float sum = lane_sum(from + column, parts, columns);
     (skip ? skip_gradient(p) : featurizer_gradient(p)).store(column, sum);
     return;
   }

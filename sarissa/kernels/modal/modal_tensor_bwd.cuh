@@ -179,23 +179,6 @@ struct Pointers {
   }
 };
 
-/// Lane n of half a warp gets the sum over its lanes of x[n]; x is used up.
-__device__ inline float sum_for_lane(float (&x)[kModes]) {
-  static_assert(kModes == 1 << 4);
-#pragma unroll
-  for (int bit = 3; bit >= 0; --bit) {
-    const int half = 1 << bit;
-    const bool upper = (threadIdx.x & half) != 0;
-#pragma unroll
-    for (int i = 0; i < kModes / 2; ++i) {
-      if (i >= half) continue;
-      const float first = x[i], second = x[i + half];
-      x[i] = (upper ? second : first) + __shfl_xor_sync(~0u, upper ? first : second, half);
-    }
-  }
-  return x[0];
-}
-
 /// What the scan over a tile's blocks makes of x at a block of the lane: x_k decay + sums_k from
 /// block to block. Lanes of a quad hold four blocks each.
 ///

@@ -157,7 +157,7 @@ static __global__ void __launch_bounds__(kArrivingThreads, kModalArrivingCtas)
 #pragma unroll
           for (int k = 1; k >= 0; --k) {
             const float z2 = kernels::load(&from.z[i + k][lane]);
-            const float c = fmaf(taps[0], z0, fmaf(taps[1], z1, taps[2] * z2));
+            const float c = three_taps(taps[0], taps[1], taps[2], z0, z1, z2);
             dq[k] = kernels::load(&from.dy[i + k][lane]) * c;
             z0 = z1;
             z1 = z2;

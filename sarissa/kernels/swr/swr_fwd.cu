@@ -41,6 +41,7 @@ class RegisterRows {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) fetch(ring_[k]);
   }
+  __device__ static void prefetch_first(const SwrInputs&, int64_t, int64_t, const Steps&) {}
   __device__ void begin_group() {}
   /// Row k of the group.
   __device__ Row take(int k) {
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kSwrThreads)
   const int64_t row = i / lanes / strips;
   const int64_t h = channel / in.width, p = channel % in.width;
 
-  if constexpr (std::is_same_v<Rows, SharedRows<T, V>>) {
+  {
     // The strip as it is without a state: that may not be read before the wait.
     const int64_t begin = min(strip * strip_blocks * in.window, in.length);
     Rows::prefetch_first(in, row, h, {max(begin - in.window, int64_t{0}), begin, in.length});

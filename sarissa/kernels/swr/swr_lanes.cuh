@@ -1,5 +1,5 @@
 // What the kernels share in which a lane owns kSwrMarchBytes of neighbouring channels and a power
-// of two of lanes a head: which problems they take, and sums over a head's lanes.
+// of two of lanes a head: which problems they take.
 #pragma once
 
 #include "sarissa/kernels/swr/swr_cuda.cuh"
@@ -50,28 +50,6 @@ Status swr_with_lanes(const SwrInputs& in, DType dtype, const Run& run) {
   };
   return dtype == DType::kBFloat16 ? with_type.template operator()<__nv_bfloat16>()
                                    : with_type.template operator()<float>();
-}
-
-/// Sums x[i] over kLanes neighbouring lanes for kRows rows i. Lane l of them is left with the sums
-/// of kRows / kLanes rows (at least one) in x[0..]; returns the first of these rows.
-template <int kLanes, int kRows>
-__device__ int reduce_scatter(float* x, int lane) {
-  if constexpr (kLanes == 1) {
-    return 0;
-  } else if constexpr (kRows == 1) {
-    x[0] += __shfl_xor_sync(~0u, x[0], kLanes / 2);
-    return reduce_scatter<kLanes / 2, 1>(x, lane);
-  } else {
-    constexpr int kHalf = kRows / 2;
-    const bool upper = lane & (kLanes / 2);
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float sent = upper ? x[i] : x[i + kHalf];
-      const float kept = upper ? x[i + kHalf] : x[i];
-      x[i] = kept + __shfl_xor_sync(~0u, sent, kLanes / 2);
-    }
-    return (upper ? kHalf : 0) + reduce_scatter<kLanes / 2, kHalf>(x, lane);
-  }
 }
 
 }  // namespace sarissa::kernels
